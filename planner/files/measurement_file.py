@@ -1,0 +1,119 @@
+"""The measurement: what a run of a plan took, stage by stage, beside what the plan had predicted.
+
+Schema `evenstage/measurement/1`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from planner.files.profile_file import Machine
+from planner.files.reading import decode, dump_json, read_json, write_text
+
+SCHEMA = "evenstage/measurement/1"
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """The step: as planned, as measured, and with perfect balance and no bubble (total work ÷ stages)."""
+
+    predicted: float
+    measured: float
+    ideal: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageFigures:
+    """One stage, predicted or measured: medians per microbatch; `wait_ms` per step; `optimizer_ms` per step."""
+
+    forward_ms: float
+    backward_ms: float
+    backward_first_ms: float
+    optimizer_ms: float
+    peak_memory_bytes: int | None
+    bubble_fraction: float | None
+    wait_ms: float | None
+    forward_spread_ms: float = 0.0
+    backward_spread_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageMeasurement:
+    """One stage of the run; `samples` counts the microbatches behind the medians (warm-up steps left out)."""
+
+    index: int
+    predicted: StageFigures
+    measured: StageFigures
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """How far the run was from the unsplit model: largest absolute differences over `steps` steps."""
+
+    steps: int
+    max_loss_difference: float
+    max_gradient_difference: float
+    max_parameter_difference: float
+    worst_parameter: str
+    dropout_disabled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One training step, as in metrics.jsonl."""
+
+    step: int
+    loss: float
+    step_ms: float
+    learning_rate: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedUp:
+    """`--against`: steps of two cuts in turn. Ratios are other ÷ plan, so above 1 means that the plan is faster."""
+
+    against: str
+    cuts: tuple[str, ...]
+    predicted: float
+    measured: float
+    low: float
+    high: float
+    pairs: int
+    clock: Literal["wall", "simulated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Everything that a run measured. `clock` says how stage times, `step_clock` how the step was taken."""
+
+    plan: str
+    name: str
+    schedule: Literal["gpipe", "1f1b"]
+    num_microbatches: int
+    microbatch_size: int
+    step_ms: StepTimes
+    stages: tuple[StageMeasurement, ...]
+    clock: Literal["cuda-event", "thread-cpu"]
+    step_clock: Literal["wall", "simulated"]
+    wall_step_ms: float
+    drift: float | None
+    scale: float
+    machine: Machine
+    steps: tuple[StepRecord, ...]
+    check: CheckResult | None = None
+    speed_up: SpeedUp | None = None
+    reference_loss: float | None = None
+    reference_loss_name: str = ""
+
+    def save(self, path: Path) -> None:
+        """Write the measurement as JSON, atomically."""
+        write_text(path, dump_json(self, SCHEMA))
+
+    @staticmethod
+    def load(path: Path | str) -> Measurement:
+        """Read a measurement. Raises FileError with what is wrong and where."""
+        return decode(Measurement, read_json(Path(path), SCHEMA), "measurement")

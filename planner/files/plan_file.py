@@ -1,0 +1,222 @@
+"""The plan: where to cut, how many microbatches, what every stage will cost, and how good that provably is.
+
+Schema `evenstage/plan/1`. A value whose measurement does not exist yet is null, never invented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from planner.errors import FileError, UsageError
+from planner.files.profile_file import Machine
+from planner.files.reading import decode, dump_json, read_json, write_text
+
+if TYPE_CHECKING:
+    import torch.fx
+    import torch.nn
+    from torch.distributed.pipelining import SplitPoint
+
+SCHEMA = "evenstage/plan/1"
+Status = Literal["optimal", "feasible", "scored"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """The model of a plan. `file` is relative to the plan; `fingerprint` is that of its trace at `microbatch_size`."""
+
+    file: str | None
+    fingerprint: str
+    name: str
+    num_parameters: int = 0
+    entry: str = "build_model"
+
+
+@dataclass(frozen=True, slots=True)
+class SolverRecord:
+    """How the plan was found: the solver, its wall time, and how many branch-and-bound nodes it needed."""
+
+    name: str
+    seconds: float
+    num_nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A boundary between two stages: the layer that the later stage begins with, and what crosses it forward."""
+
+    before: str
+    tensors: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """The parts of a stage's predicted peak memory."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    saved: int
+    working: int
+    reserved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The prediction for one stage; times are per microbatch (`optimizer_ms` per step), sends and receives included.
+
+    `load_ms` = forward_ms + backward_ms. `backward_first_ms` is the backward of the first microbatch of a step.
+    """
+
+    index: int
+    rank: int
+    nodes: tuple[str, ...]
+    names: tuple[str, ...]
+    forward_ms: float
+    forward_spread_ms: float
+    backward_ms: float
+    backward_spread_ms: float
+    backward_first_ms: float
+    optimizer_ms: float
+    load_ms: float
+    wait_ms: float | None
+    bubble_fraction: float | None
+    parameter_bytes: int
+    peak_memory_bytes: int | None = None
+    memory: StageMemory | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """Another way to cut, on the same costs and the same microbatch count. `cuts` are ids of layers."""
+
+    step_ms: float
+    objective_ms: float
+    fits: bool | None
+    cuts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """The best step for one microbatch count."""
+
+    num_microbatches: int
+    microbatch_size: int
+    step_ms: float
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class TiedParameter:
+    """A parameter that more than one stage holds; its gradients are summed over `stages` after every step."""
+
+    name: str
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A complete plan; see the module for its file form.
+
+    `split_spec()` is the plan for stock torch where it is a plain chain; `split_policy(model)` works for every model.
+    """
+
+    model: PlannedModel
+    status: Status
+    objective_ms: float
+    lower_bound_ms: float
+    solver: SolverRecord
+    schedule: Literal["gpipe", "1f1b"] | None
+    num_microbatches: int
+    microbatch_size: int
+    precision: Literal["fp32"]
+    seed: int
+    data_parallel: int
+    step_ms: float
+    plain_chain: bool
+    why_not: str | None
+    split_specification: dict[str, str] | None
+    order: tuple[str, ...] | None
+    recompute: tuple[str, ...]
+    cuts: tuple[Cut, ...]
+    stages: tuple[Stage, ...]
+    baselines: dict[str, Baseline]
+    microbatch_curve: tuple[CurvePoint, ...]
+    tied: tuple[TiedParameter, ...]
+    bandwidth_bytes_per_s: float | None
+    machine: Machine | None
+
+    def __post_init__(self) -> None:
+        if len(self.stages) != len(self.cuts) + 1:
+            raise FileError(
+                f"the plan has {len(self.stages)} stages and {len(self.cuts)} cuts",
+                "there is one stage more than there are cuts",
+                "make the plan again",
+            )
+        if self.num_microbatches < 1 or self.microbatch_size < 1:
+            raise FileError("a plan without microbatches", "at least one microbatch of one sample", "make the plan again")
+
+    @property
+    def num_stages(self) -> int:
+        """The number of stages, which is the number of ranks that the plan needs."""
+        return len(self.stages)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per step: microbatches times their size."""
+        return self.num_microbatches * self.microbatch_size
+
+    def to_json(self) -> str:
+        """The text of the plan file."""
+        return dump_json(self, SCHEMA).replace('"split_specification":', '"split_spec":', 1)
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as JSON, atomically."""
+        write_text(Path(path), self.to_json())
+
+    @staticmethod
+    def load(path: Path | str) -> Plan:
+        """Read a plan. Raises FileError with what is wrong and where."""
+        data = read_json(Path(path), SCHEMA)
+        if "split_spec" in data:
+            data["split_specification"] = data.pop("split_spec")
+        return decode(Plan, data, "plan")
+
+    def split_spec(self) -> dict[str, SplitPoint]:
+        """The plan as `split_spec` for `torch.distributed.pipelining.pipeline`.
+
+        Raises UsageError where stock torch would get this plan wrong, and names the remedy.
+        """
+        if self.split_specification is None:
+            raise UsageError(
+                f"this plan has no split_spec: {self.why_not}",
+                "stock torch does only plain chains rightly by split_spec",
+                "pass split_policy=plan.split_policy(model) to pipeline() instead, and call"
+                " plan.sum_tied_gradients(stage) after schedule.step(); or plan again with --plain",
+            )
+        from torch.distributed.pipelining import SplitPoint
+
+        return {name: SplitPoint.BEGINNING for name in self.split_specification}
+
+    def split_policy(self, model: torch.nn.Module) -> Callable[[torch.fx.GraphModule], torch.fx.GraphModule]:
+        """The plan as `split_policy` for `pipeline(model, mb_args, mb_kwargs, split_policy=…)`, for every model.
+
+        `model` is the one that `pipeline` gets. Raises TraceError (inside `pipeline`) where the traced model is not
+        the planned one.
+        """
+        from planner.tracing.split_policy import SplitPolicy
+
+        return SplitPolicy(model, self)
+
+    def sum_tied_gradients(self, stage: Any) -> None:
+        """Add up the gradients of tied parameters over the stages that hold them; collective over the stage's group.
+
+        Call it on every rank after `schedule.step()` and before clipping and `optimizer.step()`. Without tied
+        parameters across stages it does nothing.
+        """
+        from planner.tracing.tied_gradients import sum_tied_gradients
+
+        sum_tied_gradients(self.tied, stage)

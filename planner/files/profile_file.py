@@ -1,0 +1,143 @@
+"""The profile: what every layer costs on one kind of device, at every microbatch size that was measured.
+
+Schema `evenstage/profile/1`. Times are medians per microbatch in milliseconds; sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from planner.errors import FileError
+from planner.files.reading import decode, dump_json, read_json, write_text
+
+SCHEMA = "evenstage/profile/1"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReference:
+    """The model that was profiled or planned. `file` is relative to the file that holds this value."""
+
+    file: str | None
+    name: str
+    entry: str = "build_model"
+    layer_type: str = ""
+    num_repeated_layers: int = 0
+    parameter_bytes: int = 0
+    num_parameters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where something was measured, and with which versions."""
+
+    device: str
+    device_name: str
+    num_devices: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProfile:
+    """One layer: the operations between two neighbouring legal cuts, named after the module that it begins.
+
+    `forward_ms` and `backward_ms` are medians per microbatch (backward accumulates into existing gradients);
+    `backward_first_ms` is the backward of a step's first microbatch; `…_spread_ms` is 1.25 · MAD / √n, the standard
+    error of the median. `optimizer_ms` covers the layer's own parameters; tied ones are in `Profile.tied`.
+    The four memory numbers are null until they are measured.
+    """
+
+    id: str
+    name: str
+    type: str
+    position: int
+    forward_ms: float
+    forward_spread_ms: float
+    backward_ms: float
+    backward_spread_ms: float
+    backward_first_ms: float
+    optimizer_ms: float
+    parameter_bytes: int
+    parameters: tuple[str, ...]
+    plain_cut: bool
+    flops: int | None = None
+    structure: str = ""
+    forward_peak_bytes: int | None = None
+    saved_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorProfile:
+    """A tensor that leaves its layer: indices into the layers, bytes forward, gradient bytes backward."""
+
+    name: str
+    producer: int
+    consumers: tuple[int, ...]
+    num_bytes: int
+    gradient_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TiedProfile:
+    """A parameter that several layers use: `layers` are indices; its bytes and optimizer time count once per stage."""
+
+    name: str
+    layers: tuple[int, ...]
+    parameter_bytes: int
+    optimizer_ms: float
+    trainable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SizeProfile:
+    """All layers at one microbatch size, with the fingerprint of the trace at that size."""
+
+    microbatch_size: int
+    fingerprint: str
+    layers: tuple[LayerProfile, ...]
+    tensors: tuple[TensorProfile, ...]
+    tied: tuple[TiedProfile, ...]
+    drift: float
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise FileError("a profile without layers", "a model has at least one layer", "profile the model again")
+        last = len(self.layers)
+        for tensor in self.tensors:
+            if not all(0 <= index < last for index in (tensor.producer, *tensor.consumers)):
+                raise FileError(f"tensor {tensor.name!r} names a layer that is not there", f"layers are 0 to {last - 1}")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Everything that planning needs to know about a model on a kind of device."""
+
+    model: ModelReference
+    machine: Machine
+    precision: Literal["fp32"]
+    batch_size: int
+    num_rounds: int
+    seconds: float
+    concurrent_copies: int
+    sizes: tuple[SizeProfile, ...]
+    why_not_plain: str = ""
+
+    def size(self, microbatch_size: int) -> SizeProfile:
+        """The measurements at `microbatch_size`. Raises FileError where that size was not profiled."""
+        for size in self.sizes:
+            if size.microbatch_size == microbatch_size:
+                return size
+        known = ", ".join(str(size.microbatch_size) for size in self.sizes)
+        raise FileError(
+            f"microbatches of {microbatch_size} were not profiled", f"this profile has {known}", "profile with --fresh"
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the profile as JSON, atomically."""
+        write_text(path, dump_json(self, SCHEMA))
+
+    @staticmethod
+    def load(path: Path | str) -> Profile:
+        """Read a profile. Raises FileError with what is wrong and where."""
+        return decode(Profile, read_json(Path(path), SCHEMA), "profile")

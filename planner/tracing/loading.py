@@ -1,0 +1,230 @@
+"""Model file → ModelSource: the user's functions, checked by name; and the seed rule that every split shares.
+
+The model file is the user's own code and the only code that is executed. Its folder is on `sys.path` while it loads,
+so that it may import its neighbours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from planner.errors import ModelFileError, user_frames
+
+if TYPE_CHECKING:
+    import torch
+
+REQUIRED = {
+    "build_model": "def build_model():\n    return MyModel()",
+    "make_batch": "def make_batch(batch_size):\n    return torch.randn(batch_size, 8), torch.randn(batch_size, 1)",
+    "loss_fn": "def loss_fn(output, targets):\n    return torch.nn.functional.mse_loss(output, targets)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """The functions of a model file; see the README for what each must do."""
+
+    file: Path
+    entry: str
+    build_model: Callable[[], torch.nn.Module]
+    make_batch: Callable[[int], tuple[Any, Any]]
+    loss_fn: Callable[[Any, Any], torch.Tensor]
+    make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+    batches: Callable[[int], Iterator[tuple[Any, Any]]] | None
+    reference_loss: Callable[[], tuple[float, str]] | None
+    batch_size: int | None
+    loss_reduction: Literal["mean", "sum"]
+
+    @property
+    def name(self) -> str:
+        """The model's name: the file's, without its ending."""
+        return self.file.stem
+
+
+def load_source(specification: str) -> ModelSource:
+    """Load `model.py` or `model.py:name`, where `name` is the function that builds the model.
+
+    Raises ModelFileError with the user's own frames where their code fails, and with the lines to add where a piece
+    is missing.
+    """
+    file, entry = _split_specification(specification)
+    module = _import_file(file)
+    for required in REQUIRED:
+        wanted = entry if required == "build_model" else required
+        if not callable(getattr(module, wanted, None)):
+            raise _missing(file, wanted, required)
+    reduction = getattr(module, "LOSS_REDUCTION", "mean")
+    if reduction not in ("mean", "sum"):
+        raise ModelFileError(f"{file.name}: LOSS_REDUCTION is {reduction!r}", 'it is "mean" or "sum"', "correct it")
+    return ModelSource(
+        file=file,
+        entry=entry,
+        build_model=getattr(module, entry),
+        make_batch=module.make_batch,
+        loss_fn=module.loss_fn,
+        make_optimizer=getattr(module, "make_optimizer", default_optimizer),
+        batches=getattr(module, "batches", None),
+        reference_loss=getattr(module, "reference_loss", None),
+        batch_size=_batch_size(file, module),
+        loss_reduction=reduction,
+    )
+
+
+def _split_specification(specification: str) -> tuple[Path, str]:
+    path, separator, entry = specification.rpartition(":")
+    if not separator or not entry.isidentifier():
+        path, entry = specification, "build_model"
+    file = Path(path)
+    if not file.is_file():
+        remedy = "check the path, or start from one: plan --example > model.py"
+        raise ModelFileError(f"{path} is not a file", "a model file in Python is needed", remedy)
+    return file.resolve(), entry
+
+
+def _import_file(file: Path) -> ModuleType:
+    name = f"evenstage_model_{file.stem}"
+    specification = importlib.util.spec_from_file_location(name, file)
+    if specification is None or specification.loader is None:
+        raise ModelFileError(f"{file.name} is not Python", "a model file ends in .py", "rename it")
+    module = importlib.util.module_from_spec(specification)
+    folder = str(file.parent)
+    sys.path.insert(0, folder)
+    sys.modules[name] = module
+    try:
+        specification.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        sys.modules.pop(name, None)
+        raise _failed(file, "loading the file", error) from error
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+    return module
+
+
+def _missing(file: Path, wanted: str, required: str) -> ModelFileError:
+    lines = REQUIRED[required].replace("build_model", wanted) if required == "build_model" else REQUIRED[required]
+    indented = "\n    ".join(lines.splitlines())
+    return ModelFileError(
+        f"{file.name} has no function {wanted}",
+        f"a model file defines {', '.join(REQUIRED)}",
+        f"add, for example:\n    {indented}",
+    )
+
+
+def _failed(file: Path, doing: str, error: BaseException) -> ModelFileError:
+    text = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return ModelFileError(
+        f"{file.name}: {doing} failed with {reason}",
+        "the model file runs without errors",
+        "correct the line shown",
+        user_frames(error, file),
+    )
+
+
+def _batch_size(file: Path, module: ModuleType) -> int | None:
+    size = getattr(module, "BATCH_SIZE", None)
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ModelFileError(f"{file.name}: BATCH_SIZE is {size!r}", "it is a whole number, at least 1", "correct it")
+    return size
+
+
+def default_optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with learning rate 1e-3, which is what a model file without `make_optimizer` trains with."""
+    import torch
+
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def seed_everything(seed: int) -> None:
+    """Give torch, numpy (where it is loaded) and random the same seed."""
+    import torch
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def build(source: ModelSource, seed: int) -> torch.nn.Module:
+    """The model, built after all generators got `seed`. Raises ModelFileError where the user's code fails."""
+    import torch
+
+    seed_everything(seed)
+    try:
+        model = source.build_model()
+    except Exception as error:
+        raise _failed(source.file, f"{source.entry}()", error) from error
+    if not isinstance(model, torch.nn.Module):
+        raise ModelFileError(
+            f"{source.file.name}: {source.entry}() returned {type(model).__name__}",
+            "it returns a torch.nn.Module",
+            f"return the model from {source.entry}()",
+        )
+    return model
+
+
+def make_batch(source: ModelSource, seed: int, step: int, batch_size: int) -> tuple[Any, Any]:
+    """The batch of `step` (from 0) by the seed rule: all generators get seed + 1 + step first.
+
+    Returns (inputs, targets); inputs are a tensor, a tuple or a dict. Raises ModelFileError where the user's code
+    fails or the first dimension is not the batch.
+    """
+    seed_everything(seed + 1 + step)
+    try:
+        batch = source.make_batch(batch_size)
+    except Exception as error:
+        raise _failed(source.file, f"make_batch({batch_size})", error) from error
+    return checked_batch(source, batch, batch_size)
+
+
+def checked_batch(source: ModelSource, batch: Any, batch_size: int | None) -> tuple[Any, Any]:
+    """`batch` as (inputs, targets) with the batch in the first dimension of every tensor (`batch_size` rows)."""
+    from torch.utils._pytree import tree_leaves
+
+    import torch
+
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        raise ModelFileError(
+            f"{source.file.name}: make_batch returned {type(batch).__name__}",
+            "it returns the pair (inputs, targets)",
+            "return inputs, targets",
+        )
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(batch[0])):
+        raise ModelFileError(f"{source.file.name}: inputs without a tensor", "a pipeline needs a tensor to send")
+    rows = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
+    if len(rows) != 1 or (batch_size is not None and rows != {batch_size}):
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+        raise ModelFileError(
+            f"{source.file.name}: make_batch({batch_size}) returned tensors of shapes {shapes}",
+            "the first dimension of every tensor is the batch",
+            f"return {batch_size} rows in each",
+        )
+    return batch
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`inputs` of a batch as the positional and keyword arguments of the model.
+
+    >>> as_call((1, 2)), as_call({"x": 1}), as_call(3)
+    (((1, 2), {}), ((), {'x': 1}), ((3,), {}))
+    """
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def rows(tree: Any, start: int, stop: int) -> Any:
+    """Rows `start` to `stop` of every tensor in `tree`."""
+    import torch
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, torch.Tensor) else leaf, tree)

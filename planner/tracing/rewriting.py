@@ -1,0 +1,256 @@
+"""The exported graph made safe to cut, and the cut itself.
+
+`torch.distributed.pipelining` gets several things silently wrong when an exported graph is cut as it stands (inputs
+bound in order of first use, tied parameters under two names, `no_grad` regions, non-contiguous crossings, values that
+several later stages read). `prepare` and `apply_cuts` rewrite the graph so that none of these remain: afterwards every
+value goes from one stage to the next only, and each stage is a flat list of operations.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.distributed.pipelining import pipe_split
+from torch.distributed.pipelining._IR import aten_pipe_split_alias
+
+from planner.errors import TraceError
+from planner.tracing.gradients import needs_gradient
+
+ATEN = torch.ops.aten
+ROOT_STACK = {"L__self__": ("", nn.Module)}
+SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer → the first name of the same tensor, so that tied ones share a name."""
+    first: dict[int, str] = {}
+    names = {}
+    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in tensors:
+            names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def compute_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The operations of `graph` in program order, without inputs, parameters, output and cut marks."""
+    skipped = ("placeholder", "get_attr", "output")
+    return [node for node in graph.nodes if node.op not in skipped and node.target is not aten_pipe_split_alias]
+
+
+def tensor_inputs(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of `graph` that are tensors, in signature order."""
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    return [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+
+
+def prepare(gm: fx.GraphModule, names: dict[str, str]) -> bool:
+    """Canonical parameter names, one `get_attr` each, `no_grad` regions inlined, dead operations removed; in place.
+
+    Returns True where a `no_grad` region was inlined. Raises TraceError for other higher-order operators.
+    """
+    inlined = _inline_no_grad(gm)
+    _refuse_higher_order(gm)
+    seen: dict[str, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr":
+            node.target = names.get(node.target, node.target)
+            if node.target in seen:
+                node.replace_all_uses_with(seen[node.target])
+                gm.graph.erase_node(node)
+            else:
+                seen[node.target] = node
+    gm.graph.eliminate_dead_code()
+    return inlined
+
+
+def _inline_no_grad(gm: fx.GraphModule) -> bool:
+    """Replace `wrap_with_set_grad_enabled(flag, body, …)` by the body, detached where gradients were off."""
+    found = False
+    while regions := [node for node in gm.graph.nodes if _operator_name(node) == "wrap_with_set_grad_enabled"]:
+        for region in regions:
+            _inline_region(gm, region)
+        found = True
+    return found
+
+
+def _operator_name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _inline_region(gm: fx.GraphModule, region: fx.Node) -> None:
+    enabled, body, *arguments = region.args
+    assert isinstance(body, fx.Node)
+    inner = cast(fx.GraphModule, operator.attrgetter(str(body.target))(gm))
+    values: dict[fx.Node, Any] = {}
+    remaining = iter(arguments)
+    outputs: Any = ()
+    with gm.graph.inserting_before(region):
+        for node in inner.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(remaining)
+            elif node.op == "output":
+                outputs = fx.node.map_arg(node.args[0], lambda n: values[n])
+            else:
+                values[node] = gm.graph.node_copy(node, lambda n: values[n])
+                values[node].meta["nn_module_stack"] = region.meta["nn_module_stack"]
+        if not enabled:
+            outputs = [_detached(gm.graph, value) for value in outputs]
+    for user in list(region.users):
+        user.replace_all_uses_with(outputs[cast(int, user.args[1])])
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(region)
+    if not body.users:
+        gm.graph.erase_node(body)
+
+
+def _detached(graph: fx.Graph, value: Any) -> Any:
+    if not isinstance(value, fx.Node) or not value.meta["val"].is_floating_point():
+        return value
+    node = graph.call_function(ATEN.detach.default, (value,))
+    node.meta = dict(value.meta)
+    return node
+
+
+def _refuse_higher_order(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            stack = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name]
+            where = f"module {stack[-1]}" if stack else "the model"
+            raise TraceError(
+                f"{where} contains a region of kind {node.target.__name__}",
+                "operations inside such a region cannot be told apart by a cut",
+                "remove the region from forward (autocast and activation checkpointing belong outside the model)",
+            )
+
+
+def apply_cuts(gm: fx.GraphModule, positions: Sequence[int]) -> None:
+    """Cut the prepared graph before the operations at `positions` (increasing, none 0); in place.
+
+    Every input enters stage 0 in signature order; every value that a later stage needs is handed on stage by stage,
+    contiguous, and as integers of the same width where it carries no gradient (so that nothing is sent back for it).
+    """
+    graph = gm.graph
+    nodes = compute_nodes(graph)
+    stage = {node: sum(index >= position for position in positions) for index, node in enumerate(nodes)}
+    starts = [nodes[0], *(nodes[position] for position in positions)]
+    ends = [*(nodes[position - 1] for position in positions), nodes[-1]]
+    graded = needs_gradient(gm)
+    entering = _bind_inputs(graph, nodes[0], stage, graded)
+    for value in [*entering, *nodes]:
+        _relay(graph, value, stage, starts, ends, graded)
+    for node in graph.nodes:
+        node.meta["nn_module_stack"] = ROOT_STACK
+    _mark_stages(graph, stage, len(positions) + 1)
+    graph.lint()
+    gm.recompile()
+
+
+def _bind_inputs(
+    graph: fx.Graph, anchor: fx.Node, stage: dict[fx.Node, int], graded: set[fx.Node]
+) -> list[fx.Node]:
+    """An alias of every tensor input, in signature order, as the first operations of stage 0."""
+    aliases = []
+    for placeholder in tensor_inputs(graph):
+        with graph.inserting_before(anchor):
+            alias = _call(graph, ATEN.alias.default, placeholder)
+        placeholder.replace_all_uses_with(alias, delete_user_cb=lambda user, alias=alias: user is not alias)
+        stage[alias] = 0
+        aliases.append(alias)
+    return aliases
+
+
+def _call(graph: fx.Graph, target: Any, value: fx.Node, *arguments: Any) -> fx.Node:
+    """A call on `value` with example metadata computed by the operator itself."""
+    node = graph.call_function(target, (value, *arguments))
+    node.meta = {**value.meta, "val": target(value.meta["val"], *arguments)}
+    return node
+
+
+def _relay(
+    graph: fx.Graph,
+    value: fx.Node,
+    stage: dict[fx.Node, int],
+    starts: list[fx.Node],
+    ends: list[fx.Node],
+    graded: set[fx.Node],
+) -> None:
+    """Hand `value` on from its stage to the last one that reads it, one stage at a time."""
+    example = value.meta.get("val")
+    home, final = stage[value], len(starts) - 1
+    users = [(user, final if user.op == "output" else stage[user]) for user in value.users]
+    last = max((index for _, index in users), default=home)
+    if last == home:
+        return
+    if not isinstance(example, torch.Tensor):
+        raise TraceError(f"{value.name} crosses a cut and is not a tensor", "only tensors can be sent", "cut elsewhere")
+    travelling = _departure(graph, value, stage, ends[home], graded)
+    for index in range(home + 1, last + 1):
+        readers = [user for user, reader in users if reader == index]
+        if index < last or any(user.op == "output" for user in readers):
+            received = travelling
+            with graph.inserting_before(starts[index]):
+                travelling = _call(graph, ATEN.alias.default, received)
+            stage[travelling] = index
+            local = _arrival(graph, travelling, example, stage, index, starts) if readers else travelling
+        else:
+            local = _arrival(graph, travelling, example, stage, index, starts)
+        for reader in readers:
+            reader.replace_input_with(value, local)
+
+
+def _departure(
+    graph: fx.Graph, value: fx.Node, stage: dict[fx.Node, int], end: fx.Node, graded: set[fx.Node]
+) -> fx.Node:
+    """What is sent for `value`: contiguous, and as integers where it is a float without gradient.
+
+    It is taken after the stage's last operation `end`, when every write in place has been done.
+    """
+    sent = value
+    if not value.meta["val"].is_contiguous():
+        with graph.inserting_after(end):
+            sent = end = _call(graph, ATEN.contiguous.default, value)
+        stage[sent] = stage[value]
+    example = sent.meta["val"]
+    if example.is_floating_point() and value not in graded:
+        with graph.inserting_after(end):
+            sent = _call(graph, ATEN.view.dtype, sent, SAME_SIZE_INTEGER[example.element_size()])
+        stage[sent] = stage[value]
+    return sent
+
+
+def _arrival(
+    graph: fx.Graph,
+    received: fx.Node,
+    example: torch.Tensor,
+    stage: dict[fx.Node, int],
+    index: int,
+    starts: list[fx.Node],
+) -> fx.Node:
+    """`received` as the dtype that the stage's own operations expect."""
+    if received.meta["val"].dtype == example.dtype:
+        return received
+    with graph.inserting_before(starts[index]):
+        local = _call(graph, ATEN.view.dtype, received, example.dtype)
+    stage[local] = index
+    return local
+
+
+def _mark_stages(graph: fx.Graph, stage: dict[fx.Node, int], num_stages: int) -> None:
+    first: dict[int, fx.Node] = {}
+    for node in graph.nodes:
+        if node in stage:
+            first.setdefault(stage[node], node)
+    for index in range(1, num_stages):
+        with graph.inserting_before(first[index]):
+            mark = graph.call_function(pipe_split_target(), ())
+            mark.meta = {"nn_module_stack": ROOT_STACK, "val": None}
+
+
+def pipe_split_target() -> Any:
+    """The operator that marks a cut; importing `pipe_split` registers it."""
+    assert pipe_split is not None
+    return aten_pipe_split_alias
