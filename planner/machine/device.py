@@ -1,0 +1,181 @@
+"""The only file that tells a CPU from a CUDA device: clock, stamps, memory, names.
+
+On a CPU times are thread CPU time (of the one thread that computes), because wall time on a shared host swings by
+factors; on CUDA they are events on the current stream, resolved after one synchronise at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+from planner.errors import UsageError
+from planner.files.profile_file import Machine
+
+Clock = Literal["cuda-event", "thread-cpu"]
+
+# glibc otherwise maps and unmaps every large tensor, and page faults distort times by up to 30 %.
+ALLOCATOR_SETTINGS = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+class Device(Protocol):
+    """A device that can time what runs on it."""
+
+    @property
+    def clock(self) -> Clock:
+        """How stamps are taken."""
+
+    @property
+    def torch_device(self) -> Any:
+        """The `torch.device` on which tensors live."""
+
+    def stamp(self) -> Any:
+        """A mark at this point of the program's work on the device."""
+
+    def elapsed_ms(self, stamps: Sequence[Any]) -> list[float]:
+        """Milliseconds from each stamp to the next; waits until the device has passed them all."""
+
+    def reset_peak_memory(self) -> None:
+        """Forget the peak so far."""
+
+    def peak_memory_bytes(self) -> int | None:
+        """The allocator's peak since the last reset; None where the device keeps none."""
+
+
+class CpuDevice:
+    """The host: stamps are thread CPU time, in nanoseconds."""
+
+    clock: Clock = "thread-cpu"
+
+    @property
+    def torch_device(self) -> Any:
+        """`torch.device("cpu")`."""
+        import torch
+
+        return torch.device("cpu")
+
+    def stamp(self) -> int:
+        """Thread CPU time in nanoseconds."""
+        return time.thread_time_ns()
+
+    def elapsed_ms(self, stamps: Sequence[int]) -> list[float]:
+        """Differences of neighbouring stamps.
+
+        >>> CpuDevice().elapsed_ms([0, 1_000_000, 3_500_000])
+        [1.0, 2.5]
+        """
+        return [(later - earlier) / 1e6 for earlier, later in zip(stamps, stamps[1:], strict=False)]
+
+    def reset_peak_memory(self) -> None:
+        """Nothing to reset: a CPU's allocator keeps no peak."""
+
+    def peak_memory_bytes(self) -> None:
+        """A CPU's allocator keeps no peak."""
+        return None
+
+
+class CudaDevice:
+    """One CUDA device: stamps are events, resolved after one synchronise."""
+
+    clock: Clock = "cuda-event"
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    @property
+    def torch_device(self) -> Any:
+        """The `torch.device` of this GPU."""
+        import torch
+
+        return torch.device("cuda", self.index)
+
+    def stamp(self) -> Any:
+        """An event recorded on the current stream."""
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed_ms(self, stamps: Sequence[Any]) -> list[float]:
+        """Milliseconds between neighbouring events, after one synchronise."""
+        if stamps:
+            stamps[-1].synchronize()
+        return [earlier.elapsed_time(later) for earlier, later in zip(stamps, stamps[1:], strict=False)]
+
+    def reset_peak_memory(self) -> None:
+        """Reset the caching allocator's peak."""
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self.index)
+
+    def peak_memory_bytes(self) -> int:
+        """`max_memory_allocated` since the last reset."""
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(self.index))
+
+
+def choose_device(name: str | None, rank: int = 0) -> Device:
+    """The device called `name` ("cpu", "cuda", "cuda:1"), or the best one at hand for None. Raises UsageError."""
+    import torch
+
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        name = "cuda" if available else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cpu" and not index:
+        return CpuDevice()
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise UsageError(f"--device {name}", "devices are cpu, cuda and cuda:N", "give one of them")
+    number = int(index) if index else rank
+    if number >= available:
+        found = f"{available} CUDA device{'s' if available != 1 else ''} found"
+        raise UsageError(f"--device {name} for worker {rank}", found, "use --device cpu or fewer stages")
+    torch.cuda.set_device(number)
+    return CudaDevice(number)
+
+
+def describe_machine(device: Device) -> Machine:
+    """The name of the device, how many there are, and the versions that matter for a measurement."""
+    import torch
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if device.clock == "cuda-event":
+        properties = torch.cuda.get_device_properties(device.torch_device)
+        versions["cuda"] = str(torch.version.cuda)
+        return Machine("cuda", properties.name, torch.cuda.device_count(), versions)
+    return Machine("cpu", _processor_name(), available_cores(), versions)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def worker_environment(device_kind: str) -> dict[str, str]:
+    """Variables that profiler and training workers share, so that what is profiled is what will run.
+
+    One compute thread on a CPU: workers share its cores, and thread CPU time sees one thread.
+    """
+    if device_kind == "cpu":
+        return {**ALLOCATOR_SETTINGS, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

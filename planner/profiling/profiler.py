@@ -1,0 +1,135 @@
+"""A model file → Profile, measured by concurrent copies in processes of their own.
+
+Copies run at once, as many as workers will share the host, because concurrent ranks slow each other by several per
+cent; the allocator's settings, which must be set before a process starts, are those of the training workers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from planner.errors import FileError
+from planner.files.profile_file import Profile
+from planner.files.reading import dump_json
+from planner.machine.device import available_cores, worker_environment
+from planner.machine.workers import run_workers
+
+REQUEST_SCHEMA = "evenstage/profile-request/1"
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileRequest:
+    """What to profile; `progress` is a file that the first copy keeps writing how far it is."""
+
+    model: str
+    seed: int
+    batch_size: int
+    microbatch_sizes: tuple[int, ...]
+    device: str | None
+    num_rounds: int
+    copies: int
+    progress: str
+
+
+def profile_model(
+    model: str,
+    *,
+    batch_size: int,
+    microbatch_sizes: tuple[int, ...],
+    num_workers: int,
+    device: str | None = None,
+    seed: int = 0,
+    num_rounds: int = 15,
+    progress: Callable[[float, str], None] = lambda share, text: None,
+) -> Profile:
+    """Profile `model` ("file.py" or "file.py:name") at the given sizes, as `num_workers` workers would run it.
+
+    Calls `progress(share, what)` now and then. Raises ModelFileError, TraceError or ProfileError.
+    """
+    kind = device_kind(device)
+    copies = concurrent_copies(num_workers, kind)
+    with tempfile.TemporaryDirectory(prefix="evenstage-profile-") as folder:
+        request = ProfileRequest(
+            model, seed, batch_size, microbatch_sizes, device, num_rounds, copies, str(Path(folder, "progress"))
+        )
+        path, result = Path(folder, "request.json"), Path(folder, "profile.json")
+        path.write_text(dump_json(request, REQUEST_SCHEMA), encoding="utf-8")
+        with _Watch(Path(request.progress), progress):
+            run_workers("planner.profiling.worker", [str(path), str(result)], copies, worker_environment(kind))
+        return Profile.load(result)
+
+
+def device_kind(device: str | None) -> str:
+    """"cpu" or "cuda": what `device` names, or what is at hand for None."""
+    if device is not None:
+        return device.partition(":")[0]
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def concurrent_copies(num_workers: int, kind: str) -> int:
+    """Copies to run at once: as many workers as can compute at the same time on this host; 1 on a GPU."""
+    return 1 if kind == "cuda" else max(1, min(num_workers, available_cores()))
+
+
+class _Watch:
+    """Reads the progress file in a thread while the workers run."""
+
+    def __init__(self, file: Path, report: Callable[[float, str], None]) -> None:
+        self.file, self.report = file, report
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self.ended.wait(0.3):
+            if self.file.exists():
+                share, _, what = self.file.read_text(encoding="utf-8").partition(" ")
+                if share:
+                    self.report(float(share), what)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+
+def reusable(profile: Profile, model: str, batch_size: int, sizes: tuple[int, ...], device: str | None, seed: int) -> str:
+    """Why `profile` cannot stand for a new one of `model`; empty where it can. Traces the model once."""
+    from planner.machine.device import choose_device, describe_machine
+    from planner.tracing.exporting import trace_model
+    from planner.tracing.loading import as_call, build, load_source, make_batch, rows
+
+    if profile.batch_size != batch_size:
+        return f"it was made for batches of {profile.batch_size}"
+    missing = set(sizes) - {size.microbatch_size for size in profile.sizes}
+    if missing:
+        return f"microbatches of {', '.join(map(str, sorted(missing)))} are not in it"
+    machine = describe_machine(choose_device(device))
+    if (profile.machine.device_name, profile.machine.versions) != (machine.device_name, machine.versions):
+        return "it was made on another machine or with other versions"
+    source = load_source(model)
+    inputs, _ = make_batch(source, seed, 0, batch_size)
+    smallest = min(profile.sizes, key=lambda size: size.microbatch_size)
+    trace = trace_model(build(source, seed), *as_call(rows(inputs, 0, smallest.microbatch_size)))
+    return "" if trace.fingerprint == smallest.fingerprint else "the model has changed since"
+
+
+def load_if_fitting(path: Path, **wanted: object) -> tuple[Profile | None, str]:
+    """The profile in `path` where it may be reused, and otherwise why not (empty where there is none)."""
+    if not path.exists():
+        return None, ""
+    try:
+        profile = Profile.load(path)
+    except FileError as error:
+        return None, error.got
+    reason = reusable(profile, **wanted)  # type: ignore[arg-type]
+    return (None, reason) if reason else (profile, "")
+
+

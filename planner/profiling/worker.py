@@ -1,0 +1,259 @@
+"""One of the concurrent copies that profile a model: traces it at every size, times it, and rank 0 writes the result.
+
+Run by `planner.profiling.profiler` as `python -m planner.profiling.worker REQUEST RESULT`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner.machine.workers import as_worker
+
+if TYPE_CHECKING:
+    import torch
+
+    from planner.files.profile_file import LayerProfile, SizeProfile, TiedProfile
+    from planner.machine.device import Device
+    from planner.profiling.profiler import ProfileRequest
+    from planner.profiling.timing import LayerSamples, Microbatch
+    from planner.tracing.exporting import Trace
+    from planner.tracing.loading import ModelSource
+    from planner.tracing.pieces import Pieces
+
+MICROBATCHES_PER_ROUND = 3
+OPTIMIZER_ROUNDS = 5
+
+
+def main() -> None:
+    """Profile as the request file says; copies meet before every round, so that all compute at once."""
+    import torch
+    import torch.distributed as dist
+
+    from planner.files.reading import decode
+    from planner.machine.device import choose_device, describe_machine
+    from planner.profiling.profiler import REQUEST_SCHEMA, ProfileRequest
+    from planner.tracing.loading import load_source
+
+    started = time.perf_counter()
+    data = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    assert data.pop("schema") == REQUEST_SCHEMA
+    request = decode(ProfileRequest, data, "request")
+    dist.init_process_group("gloo")
+    device = choose_device(request.device, 0 if request.device else dist.get_rank())
+    if device.clock == "thread-cpu":
+        torch.set_num_threads(1)
+    source = load_source(request.model)
+    sizes = tuple(_profile_size(request, source, device, size) for size in request.microbatch_sizes)
+    if dist.get_rank() == 0:
+        _write(request, source, sizes, describe_machine(device), time.perf_counter() - started)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _write(request: ProfileRequest, source: ModelSource, sizes: Any, machine: Any, seconds: float) -> None:
+    from planner.files.profile_file import Profile
+
+    traced, layers = sizes[0][0], sizes[0][1].layers
+    Profile(
+        model=_describe_model(request, source, layers),
+        machine=machine,
+        precision="fp32",
+        batch_size=request.batch_size,
+        num_rounds=request.num_rounds,
+        seconds=seconds,
+        concurrent_copies=request.copies,
+        sizes=tuple(size for _, size in sizes),
+        why_not_plain=traced.why_not_plain,
+    ).save(Path(sys.argv[2]))
+
+
+def _describe_model(request: ProfileRequest, source: ModelSource, layers: tuple[LayerProfile, ...]) -> Any:
+    from planner.files.profile_file import ModelReference
+    from planner.tracing.loading import build
+
+    model = build(source, request.seed)
+    blocks: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].isdigit():
+            blocks[type(module).__name__] = blocks.get(type(module).__name__, 0) + 1
+    largest = max(blocks, key=lambda kind: blocks[kind], default="")
+    parameters = list(model.parameters())
+    return ModelReference(
+        file=str(source.file),
+        name=source.name,
+        entry=source.entry,
+        layer_type=largest,
+        num_repeated_layers=blocks.get(largest, 0),
+        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        num_parameters=sum(p.numel() for p in parameters),
+    )
+
+
+def _profile_size(
+    request: ProfileRequest, source: ModelSource, device: Device, size: int
+) -> tuple[Trace, SizeProfile]:
+    """Trace and time the model at one microbatch size."""
+    import torch.distributed as dist
+
+    from planner.errors import ProfileError, user_frames
+    from planner.files.profile_file import SizeProfile
+    from planner.profiling.timing import time_layers, time_optimizer
+    from planner.tracing.exporting import trace_model
+    from planner.tracing.loading import as_call, build, make_batch, rows
+    from planner.tracing.pieces import build_pieces
+
+    model = build(source, request.seed).to(device.torch_device)
+    batch = _to(make_batch(source, request.seed, 0, request.batch_size), device)
+    trace = trace_model(model, *as_call(rows(batch[0], 0, size)))
+    pieces = build_pieces(trace)
+    microbatches = _microbatches(batch, size, request.batch_size)
+    meet = _Meeting(request, size)
+    try:
+        samples = time_layers(pieces, microbatches, source.loss_fn, device, request.num_rounds, meet)
+    except Exception as error:
+        raise ProfileError(
+            f"{source.name} exported but did not run: {type(error).__name__}: {str(error).splitlines()[0]}",
+            "forward, loss_fn and backward must run on one microbatch",
+            "correct the line shown" if user_frames(error, source.file) else "run again with --debug",
+            user_frames(error, source.file),
+        ) from error
+    groups, tied = _optimizer_groups(trace, pieces)
+    optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
+    dist.barrier()
+    layers = _layer_profiles(trace, pieces, samples, optimizer_ms[: len(trace.layers)])
+    return trace, SizeProfile(
+        microbatch_size=size,
+        fingerprint=trace.fingerprint,
+        layers=layers,
+        tensors=_tensor_profiles(trace),
+        tied=_tied_profiles(trace, tied, groups[len(trace.layers) :], optimizer_ms[len(trace.layers) :]),
+        drift=_drift(samples),
+    )
+
+
+class _Meeting:
+    """Called before each round: all copies meet, and rank 0 says how far the profile is."""
+
+    def __init__(self, request: ProfileRequest, size: int) -> None:
+        self.request, self.size = request, size
+
+    def __call__(self, number: int) -> None:
+        import torch.distributed as dist
+
+        dist.barrier()
+        if dist.get_rank() == 0 and self.request.progress:
+            done = self.request.microbatch_sizes.index(self.size) + max(number, 0) / self.request.num_rounds
+            share = done / len(self.request.microbatch_sizes)
+            Path(self.request.progress).write_text(f"{share:.4f} microbatches of {self.size}", encoding="utf-8")
+
+
+def _to(tree: Any, device: Device) -> Any:
+    import torch
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda t: t.to(device.torch_device) if isinstance(t, torch.Tensor) else t, tree)
+
+
+def _microbatches(batch: tuple[Any, Any], size: int, batch_size: int) -> list[Microbatch]:
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    from planner.profiling.timing import Microbatch
+    from planner.tracing.loading import as_call, rows
+
+    count = min(MICROBATCHES_PER_ROUND, batch_size // size)
+    found = []
+    for start in range(0, count * size, size):
+        inputs = tree_leaves(as_call(rows(batch[0], start, start + size)))
+        tensors = tuple(leaf for leaf in inputs if isinstance(leaf, torch.Tensor))
+        found.append(Microbatch(tensors, rows(batch[1], start, start + size)))
+    return found
+
+
+def _optimizer_groups(trace: Trace, pieces: Pieces) -> tuple[list[list[torch.nn.Parameter]], list[str]]:
+    """Trainable parameters of every layer without the tied ones, then each tied parameter as a group of its own."""
+    tied = trace.tied
+    parameters: dict[str, torch.nn.Parameter] = {}
+    groups: list[list[torch.nn.Parameter]] = []
+    for layer, piece in zip(trace.layers, pieces.pieces, strict=True):
+        own = dict(piece.module.named_parameters())
+        parameters.update(own)
+        groups.append([own[name] for name in layer.parameters if name not in tied and own[name].requires_grad])
+    names = list(tied)
+    groups.extend([parameters[name]] if parameters[name].requires_grad else [] for name in names)
+    return groups, names
+
+
+def _layer_profiles(
+    trace: Trace, pieces: Pieces, samples: tuple[LayerSamples, ...], optimizer_ms: list[float]
+) -> tuple[LayerProfile, ...]:
+    from planner.files.profile_file import LayerProfile
+    from planner.profiling.timing import summarise
+
+    tied = trace.tied
+    layers = []
+    for layer, piece, sample, step in zip(trace.layers, pieces.pieces, samples, optimizer_ms, strict=True):
+        forward, forward_spread = summarise(sample.forward_ms)
+        backward, backward_spread = summarise(sample.backward_ms)
+        own = dict(piece.module.named_parameters())
+        untied = [own[name] for name in layer.parameters if name not in tied]
+        layers.append(
+            LayerProfile(
+                id=layer.id,
+                name=layer.name,
+                type=layer.type,
+                position=layer.start,
+                forward_ms=forward,
+                forward_spread_ms=forward_spread,
+                backward_ms=backward,
+                backward_spread_ms=backward_spread,
+                backward_first_ms=summarise(sample.backward_first_ms)[0],
+                optimizer_ms=step,
+                parameter_bytes=sum(p.numel() * p.element_size() for p in untied),
+                parameters=layer.parameters,
+                plain_cut=layer.plain_cut,
+                structure=piece.structure,
+            )
+        )
+    return tuple(layers)
+
+
+def _tensor_profiles(trace: Trace) -> Any:
+    from planner.files.profile_file import TensorProfile
+
+    return tuple(
+        TensorProfile(t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes) for t in trace.tensors
+    )
+
+
+def _tied_profiles(
+    trace: Trace, names: list[str], groups: list[list[torch.nn.Parameter]], optimizer_ms: list[float]
+) -> tuple[TiedProfile, ...]:
+    from planner.files.profile_file import TiedProfile
+    from planner.tracing.gradients import attribute
+
+    found = []
+    for name, group, step in zip(names, groups, optimizer_ms, strict=True):
+        parameter = attribute(trace.graph_module, name)
+        size = parameter.numel() * parameter.element_size()
+        found.append(TiedProfile(name, trace.tied[name], size, step, bool(group)))
+    return tuple(found)
+
+
+def _drift(samples: tuple[LayerSamples, ...]) -> float:
+    """Relative difference between the first and the second half of the rounds, over all layers."""
+    from statistics import median
+
+    halves = []
+    for pick in (lambda s: s[: len(s) // 2], lambda s: s[len(s) // 2 :]):
+        halves.append(sum(median(pick(x.forward_ms) or x.forward_ms) for x in samples))
+        halves[-1] += sum(median(pick(x.backward_ms) or x.backward_ms) for x in samples)
+    return abs(halves[1] - halves[0]) / max(halves[0], 1e-9)
+
+
+if __name__ == "__main__":
+    as_worker(main)

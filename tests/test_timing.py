@@ -1,0 +1,105 @@
+"""In-situ timing, held to a clock that only operators of known cost advance."""
+
+import torch
+from torch import nn
+
+from planner.profiling.timing import Microbatch, summarise, time_layers, time_optimizer
+from planner.tracing.exporting import trace_model
+from planner.tracing.pieces import build_pieces
+from tests.working_clock import CLOCK, Layer, WorkingDevice, work
+
+
+def measure(model, num_microbatches=3):
+    x = torch.ones(2, 3)
+    pieces = build_pieces(trace_model(model, (x,), {}))
+    microbatches = [Microbatch((x,), x) for _ in range(num_microbatches)]
+    loss = lambda output, targets: work((output - targets).square().mean(), 0.5, 0.25)  # noqa: E731
+    samples = time_layers(pieces, microbatches, loss, WorkingDevice(), num_rounds=4)
+    return pieces, samples
+
+
+def test_every_layer_of_a_chain_is_timed_exactly():
+    costs = [(1.0, 2.0), (4.0, 3.0), (2.5, 7.5)]
+    pieces, samples = measure(nn.Sequential(*(Layer(*cost) for cost in costs)))
+    assert [layer.id for layer in pieces.trace.layers] == ["0", "1", "2"]
+    for (forward_ms, backward_ms), sample in zip(costs[:-1], samples[:-1], strict=True):
+        assert set(sample.forward_ms) == {forward_ms} and set(sample.backward_ms) == {backward_ms}
+    assert set(samples[-1].forward_ms) == {2.5 + 0.5} and set(samples[-1].backward_ms) == {7.5 + 0.25}
+
+
+def test_samples_are_counted_by_round_and_microbatch():
+    _, samples = measure(nn.Sequential(Layer(1, 1), Layer(1, 1)), num_microbatches=3)
+    assert len(samples[0].forward_ms) == 4 * 3
+    assert (len(samples[0].backward_first_ms), len(samples[0].backward_ms)) == (4, 4 * 2)
+
+
+class Skip(nn.Module):
+    """x reaches the last layer past the middle ones; the backward of each must still go to its own layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.side, self.last = Layer(1, 10), Layer(2, 20), Layer(3, 30), Layer(4, 40)
+
+    def forward(self, x):
+        kept = self.first(x)
+        x = self.middle(kept)
+        x = self.side(x)
+        return self.last(x + kept)
+
+
+def test_skips_do_not_move_backward_time_between_layers():
+    pieces, samples = measure(Skip())
+    times = {layer.id: set(sample.backward_ms) for layer, sample in zip(pieces.trace.layers, samples, strict=True)}
+    assert times == {"first": {10.0}, "middle": {20.0}, "side": {30.0}, "last": {40.25}}
+
+
+class Frozen(nn.Module):
+    """A layer without any gradient has no backward and gives its neighbours none of theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.last = Layer(1, 100), Layer(2, 5)
+        self.frozen.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last(self.frozen(x))
+
+
+def test_frozen_layers_have_no_backward():
+    _, samples = measure(Frozen())
+    assert [set(sample.backward_ms) for sample in samples] == [{0.0}, {5.25}]
+
+
+def test_pieces_chained_equal_the_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x = torch.randn(3, 4)
+    pieces = build_pieces(trace_model(model, (x,), {}))
+    values = dict(zip(pieces.inputs, (x,), strict=True))
+    for piece in pieces.pieces:
+        values.update(zip(piece.outputs, piece.module(*(values[n] for n in piece.inputs)), strict=True))
+    assert torch.equal(pieces.rebuild_output(values), model(x))
+
+
+def test_equal_layers_have_one_structure_and_others_differ():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 8))
+    structures = [piece.structure for piece in build_pieces(trace_model(model, (torch.ones(2, 4),), {})).pieces]
+    assert structures[1] != structures[2]
+    assert len(set(structures)) == 2
+
+
+def test_spread_shrinks_with_samples():
+    few, many = [1.0, 2.0, 3.0], [1.0, 2.0, 3.0] * 12
+    assert summarise(many)[0] == 2.0
+    assert summarise(many)[1] < summarise(few)[1]
+
+
+class SlowOptimizer(torch.optim.SGD):
+    def step(self, closure=None):
+        CLOCK.now_ms += sum(p.numel() for group in self.param_groups for p in group["params"])
+
+
+def test_optimizer_is_timed_by_group_and_leaves_no_gradients():
+    groups = [[nn.Parameter(torch.ones(5))], [], [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(4))]]
+    assert time_optimizer(groups, lambda p: SlowOptimizer(p, lr=0.1), WorkingDevice(), 3) == [5.0, 0.0, 6.0]
+    assert all(parameter.grad is None for group in groups for parameter in group)
