@@ -1,0 +1,50 @@
+# Everything here starts from git, make and Python alone: each target makes the environment it needs in .venv.
+#
+#   make demo      plan the example transformer for four stages, train it, and show how even it was
+#   make install   evenstage and its three commands, in .venv/bin
+#   make test      the tests
+#   make lint      style, types and the order of the modules
+#   make clean     remove the environment and all that was produced
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+DEMO := $(BIN)/plan --gpus 4 examples/transformer.py --train --steps 60 --run-dir runs/demo
+
+.PHONY: demo install test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(DEMO)
+
+install: $(VENV)/.installed
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp a set of extras. The installation is editable, so only a change of pyproject.toml renews it.
+$(VENV)/.installed: EXTRAS =
+$(VENV)/.installed-demo: EXTRAS = [examples,tensorboard]
+$(VENV)/.installed-test: EXTRAS = [test]
+$(VENV)/.installed $(VENV)/.installed-demo $(VENV)/.installed-test: pyproject.toml $(VENV)/.torch
+	@echo "installing evenstage$(EXTRAS) into $(VENV)"
+	@$(PIP_INSTALL) --editable ".$(EXTRAS)"
+	@touch $@
+
+# torch comes first and apart: which build is right depends on the machine.
+$(VENV)/.torch: tools/install_torch.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("evenstage needs Python 3.11 or newer, but $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12" % v[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python tools/install_torch.py
+	@touch $@
