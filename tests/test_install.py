@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+QUIETLY = ("--quiet", "--disable-pip-version-check")
 TOOL = Path(__file__).parents[1] / "tools" / "install_torch.py"
 
 
@@ -35,9 +36,10 @@ class FakeMachine:
         if command[1] == "-c":
             return subprocess.CompletedProcess(command, 0 if self.torch else 1, f"{self.torch}\n", "")
         assert command[1:4] == ["-m", "pip", "install"]
-        self.asked_for.append(tuple(part for part in command[4:] if part not in ("--quiet", "--disable-pip-version-check")))
-        succeeded = self.pip_succeeds.pop(0)
-        return subprocess.CompletedProcess(command, 0 if succeeded else 1, "", "" if succeeded else "note\nERROR: no wheel")
+        self.asked_for.append(tuple(part for part in command[4:] if part not in QUIETLY))
+        if self.pip_succeeds.pop(0):
+            return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.CompletedProcess(command, 1, "", "note\nERROR: no wheel")
 
 
 def install(tool: ModuleType, machine: FakeMachine, system: str = "Linux") -> list[str]:

@@ -1,4 +1,4 @@
-"""Installs PyTorch into the environment of the Python that runs this file; the Makefile calls it. Standard library only.
+"""Installs PyTorch into the environment of the Python that runs this file. Standard library only.
 
 On Linux PyPI's torch needs gigabytes of CUDA libraries. Without an NVIDIA GPU those are of no use, so the CPU build is
 asked for by its local version, `2.13.0+cpu`. PyPI holds no local versions: nothing but a CPU build can answer, whatever

@@ -5,7 +5,7 @@ Schema `evenstage/plan/1`. A value whose measurement does not exist yet is null,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,6 +117,20 @@ class TiedParameter:
     stages: tuple[int, ...]
 
 
+def tied_over(cuts: Sequence[int], users: Mapping[str, Sequence[int]]) -> tuple[TiedParameter, ...]:
+    """The parameters of `users` (name → indices of the layers that use it) that more than one stage holds.
+
+    >>> tied_over([3], {"wte.weight": (0, 5), "other": (4, 5)})
+    (TiedParameter(name='wte.weight', stages=(0, 1)),)
+    """
+    found = []
+    for name, layers in users.items():
+        stages = tuple(sorted({sum(layer >= cut for cut in cuts) for layer in layers}))
+        if len(stages) > 1:
+            found.append(TiedParameter(name, stages))
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A complete plan; see the module for its file form.
@@ -157,7 +171,9 @@ class Plan:
                 "make the plan again",
             )
         if self.num_microbatches < 1 or self.microbatch_size < 1:
-            raise FileError("a plan without microbatches", "at least one microbatch of one sample", "make the plan again")
+            raise FileError(
+                "a plan without microbatches", "at least one microbatch of one sample", "make the plan again"
+            )
 
     @property
     def num_stages(self) -> int:
@@ -199,7 +215,7 @@ class Plan:
             )
         from torch.distributed.pipelining import SplitPoint
 
-        return {name: SplitPoint.BEGINNING for name in self.split_specification}
+        return dict.fromkeys(self.split_specification, SplitPoint.BEGINNING)
 
     def split_policy(self, model: torch.nn.Module) -> Callable[[torch.fx.GraphModule], torch.fx.GraphModule]:
         """The plan as `split_policy` for `pipeline(model, mb_args, mb_kwargs, split_policy=…)`, for every model.

@@ -106,7 +106,9 @@ class SizeProfile:
         last = len(self.layers)
         for tensor in self.tensors:
             if not all(0 <= index < last for index in (tensor.producer, *tensor.consumers)):
-                raise FileError(f"tensor {tensor.name!r} names a layer that is not there", f"layers are 0 to {last - 1}")
+                raise FileError(
+                    f"tensor {tensor.name!r} names a layer that is not there", f"layers are 0 to {last - 1}"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,9 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise FileError(f"{path} is not UTF-8 text", f"a file of schema {schema} is JSON", "check the path") from None
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}", "the file must be readable", "check the path") from None
+        raise FileError(
+            f"cannot read {path}: {error.strerror}", "the file must be readable", "check the path"
+        ) from None
     return parse_json(text, schema, str(path))
 
 
@@ -53,7 +55,9 @@ def parse_json(text: str, schema: str, where: str) -> dict[str, Any]:
     except FileError as error:
         raise FileError(f"{where}: {error.got}", error.rule, error.remedy) from None
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{where} is not complete JSON: {error}", f"a file of schema {schema} is JSON", remedy) from None
+        raise FileError(
+            f"{where} is not complete JSON: {error}", f"a file of schema {schema} is JSON", remedy
+        ) from None
     if not isinstance(value, dict):
         raise FileError(f"{where} holds {type(value).__name__}", f"schema {schema} is a JSON object", remedy)
     if value.get("schema") != schema:
@@ -127,7 +131,9 @@ def _decode_tuple(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, .
     if len(kinds) == 2 and kinds[1] is Ellipsis:
         return tuple(_decode(kinds[0], item, f"{where}[{index}]") for index, item in enumerate(data))
     _expect(len(data) == len(kinds), data, f"a list of {len(kinds)}", where)
-    return tuple(_decode(kind, item, f"{where}[{index}]") for index, (kind, item) in enumerate(zip(kinds, data)))
+    return tuple(
+        _decode(kind, item, f"{where}[{index}]") for index, (kind, item) in enumerate(zip(kinds, data, strict=True))
+    )
 
 
 def _decode_dataclass(cls: type, data: Any, where: str) -> Any:

@@ -6,6 +6,7 @@ factors; on CUDA they are events on the current stream, resolved after one synch
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import time
@@ -71,7 +72,7 @@ class CpuDevice:
         >>> CpuDevice().elapsed_ms([0, 1_000_000, 3_500_000])
         [1.0, 2.5]
         """
-        return [(later - earlier) / 1e6 for earlier, later in zip(stamps, stamps[1:], strict=False)]
+        return [(later - earlier) / 1e6 for earlier, later in itertools.pairwise(stamps)]
 
     def reset_peak_memory(self) -> None:
         """Nothing to reset: a CPU's allocator keeps no peak."""
@@ -108,7 +109,7 @@ class CudaDevice:
         """Milliseconds between neighbouring events, after one synchronise."""
         if stamps:
             stamps[-1].synchronize()
-        return [earlier.elapsed_time(later) for earlier, later in zip(stamps, stamps[1:], strict=False)]
+        return [earlier.elapsed_time(later) for earlier, later in itertools.pairwise(stamps)]
 
     def reset_peak_memory(self) -> None:
         """Reset the caching allocator's peak."""

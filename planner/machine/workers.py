@@ -86,7 +86,10 @@ def run_workers(module: str, arguments: Sequence[str], num_workers: int, environ
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     multiprocessing.PContext.close.__defaults__ = (None, 4)  # torch's own grace for a stopped worker is 30 s
-    with tempfile.TemporaryDirectory(prefix="evenstage-") as folder, _environment({**environment, ERROR_FOLDER: folder}):
+    with (
+        tempfile.TemporaryDirectory(prefix="evenstage-") as folder,
+        _environment({**environment, ERROR_FOLDER: folder}),
+    ):
         configuration = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

@@ -1,4 +1,4 @@
-"""What people do today, on the same costs: cuts by equal layers, parameters, torchgpipe's blocks, Accelerate's greedy."""
+"""What people do today, on the same costs: equal layers, equal parameters, torchgpipe, Accelerate."""
 
 from __future__ import annotations
 

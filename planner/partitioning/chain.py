@@ -201,5 +201,3 @@ def cheapest_move(chain: Chain, cuts: Cuts, num_microbatches: int) -> tuple[int,
         return None
     delta, layer, source, target = min(moves)
     return layer, source, target, delta
-
-

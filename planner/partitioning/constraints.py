@@ -62,9 +62,7 @@ class Program:
     def at_most(self, left: Linear, right: float, name: str) -> None:
         """Add the row left ≤ right."""
         row = pulp.LpAffineExpression(list(left.terms.items()))
-        self.problem.addConstraint(
-            pulp.LpConstraint(row, pulp.LpConstraintLE, rhs=right - left.constant), name
-        )
+        self.problem.addConstraint(pulp.LpConstraint(row, pulp.LpConstraintLE, rhs=right - left.constant), name)
 
     def at_least(self, variable: pulp.LpVariable, expression: Linear, name: str) -> None:
         """Add the row variable ≥ expression."""
@@ -203,8 +201,6 @@ def nothing_is_relayed(program: Program) -> None:
     """Plain chains: at most one boundary lies between a tensor's producer and its last consumer."""
     for t, tensor in enumerate(program.table.chain.tensors):
         if tensor.last_consumer - tensor.producer > 1:
-            inside = {
-                v: 1.0 for k in program.x for j, v in k.items() if tensor.producer < j <= tensor.last_consumer
-            }
+            inside = {v: 1.0 for k in program.x for j, v in k.items() if tensor.producer < j <= tensor.last_consumer}
             if len(inside) > 1:
                 program.at_most(Linear(inside), 1.0, f"relay_{t}")

@@ -64,7 +64,7 @@ def profile_model(
 
 
 def device_kind(device: str | None) -> str:
-    """"cpu" or "cuda": what `device` names, or what is at hand for None."""
+    """ "cpu" or "cuda": what `device` names, or what is at hand for None."""
     if device is not None:
         return device.partition(":")[0]
     import torch
@@ -100,7 +100,9 @@ class _Watch:
         self.thread.join()
 
 
-def reusable(profile: Profile, model: str, batch_size: int, sizes: tuple[int, ...], device: str | None, seed: int) -> str:
+def reusable(
+    profile: Profile, model: str, batch_size: int, sizes: tuple[int, ...], device: str | None, seed: int
+) -> str:
     """Why `profile` cannot stand for a new one of `model`; empty where it can. Traces the model once."""
     from planner.machine.device import choose_device, describe_machine
     from planner.tracing.exporting import trace_model
@@ -131,5 +133,3 @@ def load_if_fitting(path: Path, **wanted: object) -> tuple[Profile | None, str]:
         return None, error.got
     reason = reusable(profile, **wanted)  # type: ignore[arg-type]
     return (None, reason) if reason else (profile, "")
-
-

@@ -143,7 +143,7 @@ def _backward(run: _Run, device: Device) -> tuple[list[int], list[Any]]:
     last = len(run.stamps) - 2
     run.entries[last] = 0
     run.marks.append(device.stamp())
-    run.loss.backward()  # type: ignore[no-untyped-call]
+    run.loss.backward()
     end = device.stamp()
     run.loss = None
     order = sorted(run.entries, key=lambda layer: run.entries[layer])

@@ -93,9 +93,7 @@ def _describe_model(request: ProfileRequest, source: ModelSource, layers: tuple[
     )
 
 
-def _profile_size(
-    request: ProfileRequest, source: ModelSource, device: Device, size: int
-) -> tuple[Trace, SizeProfile]:
+def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, size: int) -> tuple[Trace, SizeProfile]:
     """Trace and time the model at one microbatch size."""
     import torch.distributed as dist
 
@@ -225,9 +223,7 @@ def _layer_profiles(
 def _tensor_profiles(trace: Trace) -> Any:
     from planner.files.profile_file import TensorProfile
 
-    return tuple(
-        TensorProfile(t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes) for t in trace.tensors
-    )
+    return tuple(TensorProfile(t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes) for t in trace.tensors)
 
 
 def _tied_profiles(
@@ -248,10 +244,12 @@ def _drift(samples: tuple[LayerSamples, ...]) -> float:
     """Relative difference between the first and the second half of the rounds, over all layers."""
     from statistics import median
 
-    halves = []
-    for pick in (lambda s: s[: len(s) // 2], lambda s: s[len(s) // 2 :]):
-        halves.append(sum(median(pick(x.forward_ms) or x.forward_ms) for x in samples))
-        halves[-1] += sum(median(pick(x.backward_ms) or x.backward_ms) for x in samples)
+    halves = [0.0, 0.0]
+    for layer in samples:
+        for values in (layer.forward_ms, layer.backward_ms):
+            middle = max(1, len(values) // 2)
+            halves[0] += median(values[:middle])
+            halves[1] += median(values[middle:] or values)
     return abs(halves[1] - halves[0]) / max(halves[0], 1e-9)
 
 

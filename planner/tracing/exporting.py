@@ -294,9 +294,7 @@ def _tensors(gm: fx.GraphModule, values: list[_Value], layers: tuple[TracedLayer
             num_bytes = example.numel() * example.element_size()
             carries = example.is_floating_point() and value.node in graded
             gradient_bytes = num_bytes if carries else 0
-            found.append(
-                TracedTensor(value.node.name, producer, tuple(sorted(consumers)), num_bytes, gradient_bytes)
-            )
+            found.append(TracedTensor(value.node.name, producer, tuple(sorted(consumers)), num_bytes, gradient_bytes))
     return tuple(found)
 
 

@@ -60,7 +60,7 @@ def load_source(specification: str) -> ModelSource:
         wanted = entry if required == "build_model" else required
         if not callable(getattr(module, wanted, None)):
             raise _missing(file, wanted, required)
-    reduction = getattr(module, "LOSS_REDUCTION", "mean")
+    reduction: Any = getattr(module, "LOSS_REDUCTION", "mean")
     if reduction not in ("mean", "sum"):
         raise ModelFileError(f"{file.name}: LOSS_REDUCTION is {reduction!r}", 'it is "mean" or "sum"', "correct it")
     return ModelSource(
@@ -187,9 +187,8 @@ def make_batch(source: ModelSource, seed: int, step: int, batch_size: int) -> tu
 
 def checked_batch(source: ModelSource, batch: Any, batch_size: int | None) -> tuple[Any, Any]:
     """`batch` as (inputs, targets) with the batch in the first dimension of every tensor (`batch_size` rows)."""
-    from torch.utils._pytree import tree_leaves
-
     import torch
+    from torch.utils._pytree import tree_leaves
 
     if not isinstance(batch, tuple) or len(batch) != 2:
         raise ModelFileError(

@@ -54,7 +54,9 @@ def build_pieces(trace: Trace) -> Pieces:
     for index, layer in enumerate(trace.layers):
         body = nodes[layer.start : layer.stop]
         outputs = [node for node in body if last_reader.get(node, -1) > index]
-        released = tuple(node.name for node, reader in last_reader.items() if reader == index and owner.get(node) != index)
+        released = tuple(
+            node.name for node, reader in last_reader.items() if reader == index and owner.get(node) != index
+        )
         pieces.append(_piece(trace.graph_module, body, outputs, released))
     leaves = tree_leaves(graph.output_node().args[0], is_leaf=lambda leaf: leaf is None)
     return Pieces(

@@ -47,7 +47,9 @@ def random_operations(gm: fx.GraphModule) -> tuple[str, ...]:
     """Operations other than dropout that draw random numbers, as `module: operator`."""
     found = []
     for node in compute_nodes(gm.graph):
-        seeded = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        seeded = (
+            isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        )
         if seeded and node.target not in DROPOUTS and node.target is not ATTENTION:
             stack = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name]
             found.append(f"{stack[-1] if stack else 'the model'}: {node.target}")

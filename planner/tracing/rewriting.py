@@ -149,15 +149,14 @@ def apply_cuts(gm: fx.GraphModule, positions: Sequence[int]) -> None:
     gm.recompile()
 
 
-def _bind_inputs(
-    graph: fx.Graph, anchor: fx.Node, stage: dict[fx.Node, int], graded: set[fx.Node]
-) -> list[fx.Node]:
+def _bind_inputs(graph: fx.Graph, anchor: fx.Node, stage: dict[fx.Node, int], graded: set[fx.Node]) -> list[fx.Node]:
     """An alias of every tensor input, in signature order, as the first operations of stage 0."""
     aliases = []
     for placeholder in tensor_inputs(graph):
         with graph.inserting_before(anchor):
             alias = _call(graph, ATEN.alias.default, placeholder)
-        placeholder.replace_all_uses_with(alias, delete_user_cb=lambda user, alias=alias: user is not alias)
+        placeholder.replace_all_uses_with(alias)
+        alias.args = (placeholder,)
         stage[alias] = 0
         aliases.append(alias)
     return aliases

@@ -92,14 +92,10 @@ def _called_by_pipeline(depth: int = 8) -> bool:
     return False
 
 
-def tied_over_cuts(trace: Trace, plan: Plan) -> tuple[TiedParameter, ...]:
-    """The trainable parameters that more than one stage of `plan` holds, with those stages."""
-    from planner.files.plan_file import TiedParameter
+def tied_over_cuts(trace: Trace, cuts: Sequence[str]) -> tuple[TiedParameter, ...]:
+    """The trainable parameters that more than one stage holds, where cuts lie before the layers named `cuts`."""
+    from planner.files.plan_file import tied_over
 
-    firsts = [index for index, layer in enumerate(trace.layers) if layer.id in {cut.before for cut in plan.cuts}]
-    found = []
-    for name, layers in trace.tied.items():
-        stages = tuple(sorted({sum(layer >= first for first in firsts) for layer in layers}))
-        if len(stages) > 1 and attribute(trace.graph_module, name).requires_grad:
-            found.append(TiedParameter(name, stages))
-    return tuple(found)
+    firsts = [index for index, layer in enumerate(trace.layers) if layer.id in cuts]
+    trainable = {n: layers for n, layers in trace.tied.items() if attribute(trace.graph_module, n).requires_grad}
+    return tied_over(firsts, trainable)

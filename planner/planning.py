@@ -1,0 +1,308 @@
+"""The whole story on one page: profile → layer graph → ILP for every microbatch count → the best one as a Plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from planner.errors import UsageError
+from planner.files.plan_file import (
+    Baseline,
+    CurvePoint,
+    Cut,
+    Plan,
+    PlannedModel,
+    SolverRecord,
+    Stage,
+    TiedParameter,
+    tied_over,
+)
+from planner.files.profile_file import Profile, SizeProfile
+
+if TYPE_CHECKING:
+    from planner.partitioning.chain import ChainSolution
+    from planner.partitioning.chain_costs import Chain
+
+Progress = Callable[[float, str], None]
+DEFAULT_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What a plan is wanted for. `microbatches` None means: choose."""
+
+    gpus: int
+    batch_size: int | None = None
+    microbatches: int | None = None
+    device: str | None = None
+    bandwidth_bytes_per_s: float | None = None
+    plain: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise UsageError(f"--gpus {self.gpus}", "a plan has at least one stage", "give --gpus 1 or more")
+
+
+def make_plan(
+    source: str | Path | Profile,
+    gpus: int,
+    *,
+    batch_size: int | None = None,
+    microbatches: int | None = None,
+    device: str | None = None,
+    bandwidth_bytes_per_s: float | None = None,
+    plain: bool = False,
+    seed: int = 0,
+    progress: Progress = lambda share, text: None,
+) -> Plan:
+    """Plan `source` (a model file, or a Profile of one) for `gpus` stages.
+
+    Raises ModelFileError, TraceError, ProfileError, InfeasibleError or UsageError; see `planner.errors`.
+    """
+    request = PlanRequest(gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed)
+    profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
+    return plan_profile(profile, request)
+
+
+def measure(model: str, request: PlanRequest, progress: Progress = lambda share, text: None) -> Profile:
+    """Profile the model file at every microbatch size that the plan may choose."""
+    from planner.profiling.profiler import profile_model
+
+    batch_size = resolve_batch_size(model, request)
+    counts = candidate_counts(batch_size, request)
+    return profile_model(
+        model,
+        batch_size=batch_size,
+        microbatch_sizes=tuple(batch_size // count for count in counts),
+        num_workers=request.gpus,
+        device=request.device,
+        seed=request.seed,
+        progress=progress,
+    )
+
+
+def resolve_batch_size(model: str, request: PlanRequest) -> int:
+    """The batch size asked for, else the model file's, else 16."""
+    if request.batch_size is not None:
+        return request.batch_size
+    from planner.tracing.loading import load_source
+
+    return load_source(model).batch_size or DEFAULT_BATCH_SIZE
+
+
+def candidate_counts(batch_size: int, request: PlanRequest) -> tuple[int, ...]:
+    """Microbatch counts to consider: the divisors of the batch from the number of stages up, or the one asked for.
+
+    Fewer microbatches than stages leave more than 43 % of the time idle and are left out while there are others.
+
+    >>> candidate_counts(16, PlanRequest(gpus=4))
+    (4, 8, 16)
+    """
+    if request.microbatches is not None:
+        if batch_size % request.microbatches:
+            raise UsageError(
+                f"a batch of {batch_size} in {request.microbatches} microbatches",
+                "microbatches are of equal size",
+                f"use --microbatches {_nearest_divisor(batch_size, request.microbatches)} or another --batch-size",
+            )
+        return (request.microbatches,)
+    divisors = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
+    return tuple(count for count in divisors if count >= request.gpus) or (batch_size,)
+
+
+def _nearest_divisor(batch_size: int, wanted: int) -> int:
+    divisors = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
+    return min(divisors, key=lambda count: abs(count - wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    num_microbatches: int
+    size: SizeProfile
+    chain: Chain
+    solution: ChainSolution
+
+
+def plan_profile(profile: Profile, request: PlanRequest) -> Plan:
+    """Solve every microbatch count that was profiled, and assemble the best plan. Needs no hardware."""
+    from planner.partitioning.chain import best_plain_within, solve_chain
+    from planner.partitioning.layer_graph import build_layer_graph, chain_of
+
+    batch_size = profile.batch_size if request.batch_size is None else request.batch_size
+    candidates = []
+    for count in profiled_counts(profile, batch_size, request):
+        size = profile.size(batch_size // count)
+        chain = chain_of(build_layer_graph(size, request.bandwidth_bytes_per_s))
+        solution = solve_chain(chain, request.gpus, count, plain=request.plain)
+        candidates.append(_Candidate(count, size, chain, solution))
+    best = min(candidates, key=lambda candidate: candidate.solution.step_ms)
+    plain = best_plain_within(best.chain, request.gpus, best.num_microbatches, best.solution.step_ms)
+    cuts = best.solution.cuts if plain is None else plain
+    return _assemble(profile, request, best, cuts, candidates)
+
+
+def profiled_counts(profile: Profile, batch_size: int, request: PlanRequest) -> tuple[int, ...]:
+    """The candidate counts whose microbatch size is in the profile. Raises UsageError where none is."""
+    sizes = {size.microbatch_size for size in profile.sizes}
+    counts = candidate_counts(batch_size, request)
+    found = tuple(count for count in counts if batch_size // count in sizes)
+    if not found:
+        raise UsageError(
+            f"a batch of {batch_size} in {', '.join(map(str, counts))} microbatches",
+            f"the profile holds microbatches of {', '.join(map(str, sorted(sizes)))}",
+            "profile again with --fresh, or ask for one of these",
+        )
+    return found
+
+
+def _assemble(
+    profile: Profile, request: PlanRequest, best: _Candidate, cuts: tuple[int, ...], candidates: Sequence[_Candidate]
+) -> Plan:
+    from planner.partitioning.chain_costs import crossing, is_plain, step_ms
+
+    chain, solution, count = best.chain, best.solution, best.num_microbatches
+    step = step_ms(chain, cuts, count)
+    plain = is_plain(chain, cuts) and not profile.why_not_plain
+    return Plan(
+        model=PlannedModel(
+            file=profile.model.file,
+            fingerprint=best.size.fingerprint,
+            name=profile.model.name,
+            num_parameters=profile.model.num_parameters,
+            entry=profile.model.entry,
+        ),
+        status=solution.status,
+        objective_ms=step,
+        lower_bound_ms=min(solution.lower_bound_ms, step),
+        solver=SolverRecord(
+            solution.solver_name,
+            sum(c.solution.seconds for c in candidates),
+            sum(c.solution.num_nodes for c in candidates),
+        ),
+        schedule="gpipe",
+        num_microbatches=count,
+        microbatch_size=best.size.microbatch_size,
+        precision="fp32",
+        seed=request.seed,
+        data_parallel=1,
+        step_ms=step,
+        plain_chain=plain,
+        why_not=None if plain else _why_not_plain(profile, chain, cuts),
+        split_specification={chain.names[cut]: "beginning" for cut in cuts} if plain else None,
+        order=None,
+        recompute=(),
+        cuts=tuple(
+            Cut(chain.ids[c], tuple(t.name for t in crossing(chain, c)), sum(t.num_bytes for t in crossing(chain, c)))
+            for c in cuts
+        ),
+        stages=_stages(chain, cuts, count),
+        baselines=_baselines(chain, request.gpus, count),
+        microbatch_curve=tuple(
+            CurvePoint(c.num_microbatches, c.size.microbatch_size, c.solution.step_ms, c.solution.status)
+            for c in candidates
+        ),
+        tied=tied_parameters(best.size, cuts),
+        bandwidth_bytes_per_s=request.bandwidth_bytes_per_s,
+        machine=profile.machine,
+    )
+
+
+def _why_not_plain(profile: Profile, chain: Chain, cuts: tuple[int, ...]) -> str:
+    if profile.why_not_plain:
+        return profile.why_not_plain
+    for tied in chain.tied:
+        if any(tied.layers[0] < cut <= tied.layers[-1] for cut in cuts):
+            return f"{tied.name} is used in more than one stage, and stock torch does not sum its gradients"
+    for tensor in chain.tensors:
+        crossed = [cut for cut in cuts if tensor.producer < cut <= tensor.last_consumer]
+        if len(crossed) > 1:
+            return f"{tensor.name} passes over the stage that begins at {chain.ids[crossed[1]]}"
+    for cut in cuts:
+        if not chain.plain_cut[cut]:
+            return f"what crosses the cut before {chain.ids[cut]} is not what SplitPoint.BEGINNING would send"
+    return "the chain is not plain"
+
+
+def _stages(chain: Chain, cuts: tuple[int, ...], count: int) -> tuple[Stage, ...]:
+    from planner.partitioning.chain_costs import stage_costs
+    from planner.scheduling.simulation import simulate
+
+    costs = stage_costs(chain, cuts)
+    simulated = simulate(costs, count)
+    bounds = [0, *cuts, len(chain.ids)]
+    stages = []
+    for index, cost in enumerate(costs):
+        start, stop = bounds[index], bounds[index + 1]
+        held = dict(_held_tied(chain, start, stop))
+        stages.append(
+            Stage(
+                index=index,
+                rank=index,
+                nodes=chain.ids[start:stop],
+                names=chain.names[start:stop],
+                forward_ms=cost.forward_ms,
+                forward_spread_ms=_combined(chain.forward_spread_ms[start:stop]),
+                backward_ms=cost.backward_ms,
+                backward_spread_ms=_combined(chain.backward_spread_ms[start:stop]),
+                backward_first_ms=cost.backward_first_ms,
+                optimizer_ms=cost.optimizer_ms,
+                load_ms=cost.forward_ms + cost.backward_ms,
+                wait_ms=simulated.wait_ms[index],
+                bubble_fraction=simulated.bubble_fraction[index],
+                parameter_bytes=sum(chain.parameter_bytes[start:stop]) + sum(held.values()),
+            )
+        )
+    return tuple(stages)
+
+
+def _held_tied(chain: Chain, start: int, stop: int) -> list[tuple[str, int]]:
+    return [(t.name, t.parameter_bytes) for t in chain.tied if any(start <= layer < stop for layer in t.layers)]
+
+
+def _combined(spreads: Sequence[float]) -> float:
+    """The standard error of a sum of independent medians."""
+    return sqrt(sum(spread * spread for spread in spreads))
+
+
+def _baselines(chain: Chain, num_stages: int, count: int) -> dict[str, Baseline]:
+    from planner.partitioning.baselines import baselines
+    from planner.partitioning.chain_costs import step_ms
+
+    found = {}
+    for name, cuts in baselines(chain, num_stages).items():
+        step = step_ms(chain, cuts, count)
+        found[name] = Baseline(step, step, None, tuple(chain.ids[cut] for cut in cuts))
+    return found
+
+
+def tied_parameters(size: SizeProfile, cuts: tuple[int, ...]) -> tuple[TiedParameter, ...]:
+    """The trainable parameters that lie in more than one stage."""
+    return tied_over(cuts, {tied.name: tied.layers for tied in size.tied if tied.trainable})
+
+
+def relative_to(path: str, folder: Path) -> str:
+    """`path` as it is written into a file in `folder`."""
+    return os.path.relpath(path, folder.resolve())
+
+
+def limit_line(plan: Plan, profile: Profile) -> str:
+    """Which stage limits the step, and what the cheapest other cut would cost."""
+    from planner.partitioning.chain import cheapest_move
+    from planner.partitioning.layer_graph import build_layer_graph, chain_of
+
+    chain = chain_of(build_layer_graph(profile.size(plan.microbatch_size), plan.bandwidth_bytes_per_s))
+    cuts = tuple(chain.ids.index(cut.before) for cut in plan.cuts)
+    limiting = max(plan.stages, key=lambda stage: stage.load_ms)
+    line = f"limited by stage {limiting.index}"
+    if not cuts:
+        return line
+    move = cheapest_move(chain, cuts, plan.num_microbatches)
+    if move is None:
+        return line
+    layer, _, target, delta_ms = move
+    return f"{line}; moving {chain.ids[layer]} to stage {target} would cost {max(0.0, delta_ms):.2g} ms per step"

@@ -1,0 +1,181 @@
+"""Plan → str: the table that `plan` prints."""
+
+from __future__ import annotations
+
+import json
+from math import hypot
+from pathlib import PurePath
+
+from planner.files.plan_file import Baseline, Plan
+from planner.files.profile_file import Profile
+from planner.rendering.table import TableColumn, table_lines
+from planner.rendering.wording import (
+    DASH,
+    balance,
+    baseline_label,
+    clean,
+    counted,
+    format_bar,
+    format_column,
+    format_count,
+    format_ms,
+    format_percent,
+    mean_bubble,
+    wrap_parts,
+)
+
+DEFAULT_WIDTH = 100
+BAR_WIDTH, MIN_BAR_WIDTH = 20, 8
+
+
+def render_plan(plan: Plan, profile: Profile | None, *, limit_line: str = "", width: int = DEFAULT_WIDTH) -> str:
+    """The plan as text, `width` columns wide: origin, proof, stages, alternatives, and what to copy.
+
+    `profile` is the one that the plan was made from; what only it knows is left out without it. `limit_line` says
+    what limits the step. Only a name in the last lines, which are there to be copied, may be wider than `width`.
+    """
+    paragraphs = [
+        [*wrap_parts(_origin(plan, profile), width), *wrap_parts([*_profiling(plan, profile), proof(plan)], width)],
+        _stage_table(plan, width),
+        [*wrap_parts(_step_figures(plan), width, "  "), *_alternatives(plan, width)],
+        [*_to_copy(plan, width), *wrap_parts([clean(limit_line)] if limit_line else [], width, "  ")],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in paragraphs if lines)
+
+
+def model_title(plan: Plan) -> str:
+    """The model as a person names it: its file, with the entry where that is not the usual one; else its name."""
+    if plan.model.file is None:
+        return clean(plan.model.name)
+    entry = "" if plan.model.entry == "build_model" else f":{plan.model.entry}"
+    return clean(PurePath(plan.model.file).name + entry)
+
+
+def same_cuts(plan: Plan, baseline: Baseline) -> bool:
+    """Whether a baseline cuts where the plan does."""
+    return baseline.cuts == tuple(cut.before for cut in plan.cuts)
+
+
+def gap(plan: Plan) -> float | None:
+    """How far the plan may be from optimal: objective ÷ proven bound − 1. None without a bound."""
+    return plan.objective_ms / plan.lower_bound_ms - 1 if plan.lower_bound_ms > 0 else None
+
+
+def proof(plan: Plan) -> str:
+    """One clause: the solver, its time, and how good the plan provably is."""
+    solved = f"solved in {plan.solver.seconds:.2f} s by {clean(plan.solver.name)}"
+    distance = gap(plan)
+    what = "step" if plan.schedule is not None else "largest load"
+    if plan.status == "scored":
+        return f"{solved}: these cuts were given, not searched for"
+    if distance is None:
+        return f"{solved}: {plan.status}, without a bound"
+    if plan.status == "optimal":
+        return (
+            f"{solved}: optimal (bound = {what})"
+            if distance < 5e-5
+            else f"{solved}: optimal within {distance * 100:.2f} %"
+        )
+    return f"{solved}: feasible, at most {format_percent(distance)} from optimal"
+
+
+def split_specification_code(plan: Plan, width: int = DEFAULT_WIDTH) -> str | None:
+    """`split_spec = {…}` as Python, on one line where it fits; None where the plan is no plain chain."""
+    if plan.split_specification is None:
+        return None
+    items = [f"{json.dumps(clean(n), ensure_ascii=False)}: SplitPoint.BEGINNING" for n in plan.split_specification]
+    line = f"split_spec = {{{', '.join(items)}}}"
+    return line if len(line) <= width else "\n".join(["split_spec = {", *(f"    {item}," for item in items), "}"])
+
+
+def _origin(plan: Plan, profile: Profile | None) -> list[str]:
+    parts = [model_title(plan)]
+    counts = []
+    if profile is not None and profile.model.layer_type and profile.model.num_repeated_layers:
+        counts.append(f"{profile.model.num_repeated_layers} layers of {clean(profile.model.layer_type)}")
+    if plan.model.num_parameters:
+        counts.append(f"{format_count(plan.model.num_parameters)} parameters")
+    parts += [", ".join(counts)] if counts else []
+    if profile is not None and any(size.microbatch_size == plan.microbatch_size for size in profile.sizes):
+        num_cuts = len(profile.size(plan.microbatch_size).layers) - 1
+        parts.append(counted(num_cuts, "legal cut"))
+    device = [clean(plan.machine.device_name)] if plan.machine is not None else []
+    return [*parts, ", ".join([*device, plan.precision])]
+
+
+def _profiling(plan: Plan, profile: Profile | None) -> list[str]:
+    """Seconds, rounds and spread; the spread is the largest standard error of a stage's load, as a share of it."""
+    if profile is None:
+        return []
+    shares = [hypot(s.forward_spread_ms, s.backward_spread_ms) / s.load_ms for s in plan.stages if s.load_ms > 0]
+    spread = f", spread {format_percent(max(shares))}" if shares else ""
+    return [f"profiled in {profile.seconds:.1f} s ({profile.num_rounds} rounds{spread})"]
+
+
+def _stage_table(plan: Plan, width: int) -> list[str]:
+    """A row per stage; a narrow terminal loses the spreads first, then the bar, then the number of layers."""
+    stages = plan.stages
+    largest = max(stage.load_ms for stage in stages) or 1.0
+    longest = max(len(stage.names[0]) if stage.names else 0 for stage in stages)
+    bar_width = max(MIN_BAR_WIDTH, min(BAR_WIDTH, width - 68 - longest))
+    forward = format_column([s.forward_ms for s in stages] + [s.forward_spread_ms for s in stages])
+    backward = format_column([s.backward_ms for s in stages] + [s.backward_spread_ms for s in stages])
+    peaks = [None if s.peak_memory_bytes is None else s.peak_memory_bytes / 2**30 for s in stages]
+    columns = [
+        TableColumn("stage", [str(stage.index) for stage in stages], left=True),
+        TableColumn("begins at", [stage.names[0] if stage.names else DASH for stage in stages], left=True, name=True),
+        TableColumn("layers", [str(len(stage.nodes)) for stage in stages], dropped=1),
+        TableColumn("forward ms", forward[: len(stages)]),
+        TableColumn("±", forward[len(stages) :], dropped=3),
+        TableColumn("backward ms", backward[: len(stages)]),
+        TableColumn("±", backward[len(stages) :], dropped=3),
+        TableColumn("memory GiB", [DASH if peak is None else f"{peak:.1f}" for peak in peaks]),
+        TableColumn("load", [format_bar(stage.load_ms / largest, bar_width) for stage in stages], left=True, dropped=2),
+    ]
+    return table_lines(columns, width)
+
+
+def _step_figures(plan: Plan) -> list[str]:
+    even = balance(stage.load_ms for stage in plan.stages)
+    evenness = [f"balance {even:.2f}"] if even is not None else []
+    if plan.schedule is None:
+        return [f"largest load {format_ms(plan.objective_ms)}", *evenness]
+    counts = sorted(point.num_microbatches for point in plan.microbatch_curve)
+    chosen = f" (chosen of {', '.join(map(str, counts))})" if len(counts) > 1 else ""
+    bubble = mean_bubble([stage.bubble_fraction for stage in plan.stages])
+    return [
+        f"{counted(plan.num_microbatches, 'microbatch', 'es')} of {plan.microbatch_size}{chosen}",
+        f"step {format_ms(plan.step_ms)}",
+        *([f"bubble {format_percent(bubble)}"] if bubble is not None else []),
+        *evenness,
+    ]
+
+
+def _alternatives(plan: Plan, width: int) -> list[str]:
+    parts = []
+    for name, baseline in plan.baselines.items():
+        own, other = plan.step_ms, baseline.step_ms
+        if plan.schedule is None:
+            own, other = plan.objective_ms, baseline.objective_ms
+        if same_cuts(plan, baseline):
+            parts.append(f"{baseline_label(name)} the same cuts")
+            continue
+        ratio = f" ({format_percent(other / own - 1, signed=True)})" if own > 0 else ""
+        fits = ", does not fit" if baseline.fits is False else ""
+        parts.append(f"{baseline_label(name)} {format_ms(other)}{ratio}{fits}")
+    if not parts:
+        return []
+    return wrap_parts([f"instead: {parts[0]}", *parts[1:]], width, "  ")
+
+
+def _to_copy(plan: Plan, width: int) -> list[str]:
+    if plan.num_stages == 1:
+        return ["  one stage: nothing to split"]
+    code = split_specification_code(plan, width - 2)
+    if code is not None:
+        return [f"  {line}" for line in code.splitlines()]
+    lines = [f"  no split_spec: {clean(plan.why_not or 'the cuts are not those of a plain chain')}"]
+    lines.append("  pipeline(model, …, split_policy=plan.split_policy(model)) runs this plan")
+    if plan.tied:
+        lines.append("  plan.sum_tied_gradients(stage) after schedule.step(): parameters are tied across stages")
+    return lines

@@ -1,0 +1,73 @@
+"""The flags of a run, defined once: `run-plan` takes them, and `plan --train` takes them and hands them on."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+
+AGAINST = {
+    "equal": "equal_layers",
+    "parameters": "equal_parameters",
+    "torchgpipe": "torchgpipe",
+    "accelerate": "accelerate",
+}
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a plan is trained and what is compared."""
+    group = parser.add_argument_group("training a plan (run-plan, and plan --train)")
+    group.add_argument("--steps", type=whole_number(0), metavar="N", help="train N steps (default 20)")
+    group.add_argument(
+        "--check",
+        action="store_true",
+        help="train the unsplit model beside it and compare losses, gradients and parameters; exit 4 on a difference",
+    )
+    group.add_argument(
+        "--tolerance",
+        type=_fraction,
+        metavar="SHARE",
+        help="exit 3 where a stage's measured share of the work is off by more, e.g. 0.1 or 10%%",
+    )
+    group.add_argument("--export-weights", metavar="FILE", help="write the trained weights as safetensors")
+    group.add_argument("--stock", action="store_true", help="apply a plain chain by split_spec, as stock torch would")
+    group.add_argument(
+        "--against", choices=sorted(AGAINST), help="alternate steps with another cut and print the measured speed-up"
+    )
+    group.add_argument("--run-dir", metavar="DIR", help="where the report goes (default runs/NAME-TIME)")
+
+
+def run_arguments(flags: argparse.Namespace) -> list[str]:
+    """The flags of `add_run_flags` that were given, as a command line."""
+    arguments: list[str] = []
+    for name in ("steps", "tolerance", "export_weights", "against", "run_dir"):
+        value = getattr(flags, name)
+        if value is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    arguments += [f"--{name}" for name in ("check", "stock") if getattr(flags, name)]
+    return arguments
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers not below `least`, for argparse.
+
+    >>> whole_number(1)("4")
+    4
+    """
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}; it must be a whole number, at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 10:
+        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a share such as 0.1 or 10%")
+    return value
