@@ -19,7 +19,7 @@ def trace_file(path, size=2):
 
 
 def test_positions_are_where_split_point_beginning_cuts(models):
-    """Held against torch itself: every layer of a plain chain, split alone by split_spec, starts with our parameters."""
+    """Held against torch: a plain chain split by split_spec before a layer starts with the parameters that we say."""
     from torch.distributed.pipelining import SplitPoint, pipeline
 
     source = load_source(str(models / "plain.py"))
@@ -35,7 +35,15 @@ def test_positions_are_where_split_point_beginning_cuts(models):
 def test_tied_and_repeated_parameters_are_found(models):
     assert trace_file(models / "skips.py").tied == {"embedding.weight": (0, 21)}
     twice = trace_file(models / "twice.py")
-    assert [layer.id for layer in twice.layers] == ["first", "shared", "shared.1", "middle", "shared@1", "shared.1@1", "last"]
+    assert [layer.id for layer in twice.layers] == [
+        "first",
+        "shared",
+        "shared.1",
+        "middle",
+        "shared@1",
+        "shared.1@1",
+        "last",
+    ]
     assert twice.tied["shared.0.weight"] == (1, 4)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 
@@ -70,7 +72,7 @@ class WorkingDevice:
         return CLOCK.now_ms
 
     def elapsed_ms(self, stamps):
-        return [later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)]
+        return [later - earlier for earlier, later in itertools.pairwise(stamps)]
 
     def reset_peak_memory(self):
         pass

@@ -1,0 +1,58 @@
+"""`run-plan PLAN`: start one worker per stage on this machine, and end them all together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from planner.command import guarded
+from planner.errors import UsageError
+from runner.options import RunOptions, parse_options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `run-plan`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parse_options(arguments)
+    return guarded("run-plan", lambda: launch(options, arguments), debug=options.debug)
+
+
+def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner") -> int:
+    """Run the workers of a plan, each with the same command line. Raises what made them fail."""
+    from planner.files.plan_file import Plan
+    from planner.machine.device import worker_environment
+    from planner.machine.workers import run_workers
+    from planner.profiling.profiler import device_kind
+    from runner.worker import model_of
+
+    plan = Plan.load(options.plan)
+    model_of(options, plan)
+    refuse_impossible(options, plan.num_stages)
+    if options.against is not None:
+        from runner.comparing_cuts import other_plan
+
+        other_plan(plan, options.against)
+    if options.stock:
+        plan.split_spec()
+    kind = device_kind(options.device)
+    resolved = [*arguments, "--run-dir", str(options.run_dir)]
+    run_workers(module, resolved, plan.num_stages, worker_environment(kind))
+    return 0
+
+
+def refuse_impossible(options: RunOptions, num_stages: int) -> None:
+    """Raise UsageError for a run that cannot start on this machine."""
+    from planner.profiling.profiler import device_kind
+
+    if options.steps == 0:
+        raise UsageError("--steps 0", "a run trains and measures at least one step", "give --steps 1 or more")
+    if device_kind(options.device) == "cuda":
+        import torch
+
+        found = torch.cuda.device_count()
+        if found < num_stages:
+            raise UsageError(
+                f"{found} CUDA device{'s' if found != 1 else ''} for {num_stages} stages",
+                "every stage needs a device of its own",
+                f"use --device cpu, or plan again with --gpus {max(found, 1)}",
+            )

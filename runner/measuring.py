@@ -1,0 +1,154 @@
+"""What every rank measures: forward, backward and waiting per microbatch, optimizer and peak memory per step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.machine.device import Device
+
+
+@dataclass(frozen=True, slots=True)
+class StepSamples:
+    """One step on one rank: milliseconds per microbatch on the device's clock, and wall times of the step."""
+
+    step: int
+    forward_ms: tuple[float, ...]
+    backward_ms: tuple[float, ...]
+    optimizer_ms: float
+    busy_wall_ms: float
+    step_wall_ms: float
+
+
+@dataclass(slots=True)
+class _Event:
+    kind: str
+    microbatch: int
+    start: Any
+    end: Any
+    wall_ms: float
+
+
+@dataclass(slots=True)
+class StageRecorder:
+    """Wraps the methods of torch's stage that compute, without changing torch; the loss counts as forward."""
+
+    stage: Any
+    device: Device
+    events: list[_Event] = field(default_factory=list)
+    current: int = 0
+
+    def attach(self) -> None:
+        """Start recording on this stage."""
+        self.stage.forward_one_chunk = self._timed("forward", self.stage.forward_one_chunk)
+        self.stage.backward_one_chunk = self._timed("backward", self.stage.backward_one_chunk)
+
+    def _timed(self, kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(microbatch: int, *args: Any, **kwargs: Any) -> Any:
+            self.current = microbatch
+            return self._record(kind, microbatch, lambda: method(microbatch, *args, **kwargs))
+
+        return timed
+
+    def timed_loss(self, loss_fn: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
+        """`loss_fn`, with its time added to the forward of the microbatch that was computed last."""
+        return lambda output, target: self._record("forward", self.current, lambda: loss_fn(output, target))
+
+    def _record(self, kind: str, microbatch: int, work: Callable[[], Any]) -> Any:
+        wall, start = time.perf_counter(), self.device.stamp()
+        result = work()
+        end = self.device.stamp()
+        self.events.append(_Event(kind, microbatch, start, end, (time.perf_counter() - wall) * 1e3))
+        return result
+
+    def take(self, step: int, optimizer: tuple[Any, Any], step_wall_ms: float) -> StepSamples:
+        """The samples since the last call; waits for the device."""
+        times: dict[str, dict[int, float]] = {"forward": {}, "backward": {}}
+        for event in self.events:
+            by_microbatch = times[event.kind]
+            elapsed = self.device.elapsed_ms([event.start, event.end])[0]
+            by_microbatch[event.microbatch] = by_microbatch.get(event.microbatch, 0.0) + elapsed
+        busy = sum(event.wall_ms for event in self.events)
+        self.events.clear()
+        return StepSamples(
+            step,
+            tuple(times["forward"][i] for i in sorted(times["forward"])),
+            tuple(times["backward"][i] for i in sorted(times["backward"])),
+            self.device.elapsed_ms(list(optimizer))[0],
+            busy,
+            step_wall_ms,
+        )
+
+
+def measure_peak_memory(device: Device, resting_bytes: int, work: Callable[[], None]) -> int:
+    """Peak bytes while `work` runs. On CUDA the allocator's own; on a CPU the profiler's memory events.
+
+    The events say what was allocated and freed since the start, so the bytes at rest before it are added.
+    """
+    if device.clock == "cuda-event":
+        device.reset_peak_memory()
+        work()
+        return int(device.peak_memory_bytes() or 0)
+    with _silent_descriptors():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            work()
+        with tempfile.TemporaryDirectory(prefix="evenstage-memory-") as folder:
+            file = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(file))
+            events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    return resting_bytes + peak_of_events(events)
+
+
+@contextlib.contextmanager
+def _silent_descriptors() -> Iterator[None]:
+    """Torch's profiler writes lines of its own to the process's output; they go nowhere."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for descriptor in (*kept, nowhere):
+            os.close(descriptor)
+
+
+def peak_of_events(events: list[dict[str, Any]]) -> int:
+    """The largest running sum of a profile's `[memory]` events.
+
+    >>> peak_of_events([{"name": "[memory]", "ts": t, "args": {"Bytes": b}} for t, b in [(1, 8), (2, -8), (3, 4)]])
+    8
+    """
+    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: float(event["ts"]))
+    live = peak = 0
+    for event in memory:
+        live += int(event["args"]["Bytes"])
+        peak = max(peak, live)
+    return peak
+
+
+def resting_bytes(stage: Any, optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes of a stage between steps: parameters, buffers, gradients, optimizer state, torch's receive buffers."""
+    tensors = [*stage.submod.parameters(), *stage.submod.buffers()]
+    tensors += [p.grad for p in stage.submod.parameters() if p.grad is not None]
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    for infos in [*stage.args_recv_info.values(), *stage.grad_recv_info.values()]:
+        tensors += [info.buffer for info in infos if getattr(info, "buffer", None) is not None]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

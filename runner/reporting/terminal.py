@@ -1,0 +1,166 @@
+"""BalanceReport → the text that `run-plan` ends with: the verdict first, then the figures behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.files.measurement_file import CheckResult, SpeedUp
+from planner.rendering import (
+    DASH,
+    TableColumn,
+    baseline_label,
+    clean,
+    counted,
+    format_column,
+    format_ms,
+    format_percent,
+    table_lines,
+    wrap_text,
+)
+from runner.comparing import BalanceReport, ComparedTime
+
+DEFAULT_WIDTH = 100
+_LABEL_WIDTH = 12
+CAPTION = "  ms per microbatch, medians; the error is that of a stage's share of the work"
+
+
+def render_report(report: BalanceReport, width: int = DEFAULT_WIDTH) -> str:
+    """The report as text, at most `width` columns wide where names and commands allow it."""
+    verdict = report.verdict
+    lines = wrap_text(f"{verdict.finding}; {verdict.advice}{':' if verdict.command else '.'}", width)
+    lines += [f"  {verdict.command}"] if verdict.command else []
+    lines += [
+        "",
+        *wrap_text(f"{clean(report.title)} · {setting_words(report)} · {clean(report.device_name)}", width),
+        "",
+        CAPTION,
+        *table_lines(_columns(report), width),
+        "",
+    ]
+    for label, text in figures(report):
+        wrapped = wrap_text(text, width - _LABEL_WIDTH - 2)
+        lines.append(f"  {label:<{_LABEL_WIDTH}}{wrapped[0]}")
+        lines += [" " * (_LABEL_WIDTH + 2) + line for line in wrapped[1:]]
+    return "\n".join(lines)
+
+
+def figures(report: BalanceReport) -> list[tuple[str, str]]:
+    """The figures of the whole run as (label, text); what was not measured is left out."""
+    step, taken = report.step_ms, "measured" if report.step_clock == "wall" else "from measured stages"
+    found = [
+        (
+            "step",
+            f"predicted {format_ms(step.predicted)} · {taken} {format_ms(step.measured)}"
+            f" ({format_percent(report.step_error, signed=True)}) · ideal {format_ms(step.ideal)}",
+        ),
+        ("bubble", _pair(format_percent(report.predicted_bubble), format_percent(report.measured_bubble))),
+        (
+            "balance",
+            f"{_pair(_ratio(report.predicted_balance), _ratio(report.measured_balance))} (largest ÷ mean load)",
+        ),
+        *(("instead", text) for text in [_alternatives(report)] if text),
+        *(("speed-up", speed_up_words(report.speed_up)) for _ in [0] if report.speed_up is not None),
+        *(("check", check_words(report.check)) for _ in [0] if report.check is not None),
+        *(("loss", text) for text in [loss_words(report)] if text),
+        ("scale", scale_words(report)),
+        ("clock", report.clock_words),
+    ]
+    return found
+
+
+def speed_up_words(speed_up: SpeedUp) -> str:
+    """The measured speed-up over another cut with its interval, the prediction, and the clock."""
+    clock = "by the wall clock" if speed_up.clock == "wall" else "steps simulated from measured stage times"
+    return (
+        f"{speed_up.measured:.2f} × over {baseline_label(speed_up.against)}, measured in {speed_up.pairs} pairs"
+        f" (95 % interval {speed_up.low:.2f} to {speed_up.high:.2f}); predicted {speed_up.predicted:.2f} ×; {clock}"
+    )
+
+
+def check_words(check: CheckResult) -> str:
+    """How far the run was from the unsplit model."""
+    dropout = "; dropout was the identity on both sides" if check.dropout_disabled else ""
+    return (
+        f"{counted(check.steps, 'step')} beside the unsplit model, largest differences:"
+        f" loss {check.max_loss_difference:.1e}, gradient {check.max_gradient_difference:.1e},"
+        f" parameter {check.max_parameter_difference:.1e} ({clean(check.worst_parameter) or DASH}){dropout}"
+    )
+
+
+def loss_words(report: BalanceReport) -> str:
+    """First and last loss, and the reference where the model file gives one; empty without a step."""
+    if not report.steps:
+        return ""
+    first, last = report.steps[0], report.steps[-1]
+    text = f"{first.loss:.4g} at step {first.step}"
+    if last is not first:
+        text += f" → {last.loss:.4g} at step {last.step}"
+    if report.reference_loss is not None:
+        text += f"; {clean(report.reference_loss_name) or 'reference'} {report.reference_loss:.4g}"
+    return text
+
+
+def scale_words(report: BalanceReport) -> str:
+    """The one factor that is taken off before errors are counted, the raw errors it hides, and the drift."""
+    raw = [time.raw_error for s in report.stages for time in (s.forward, s.backward) if time.raw_error is not None]
+    hidden = ""
+    if raw:
+        low, high = format_percent(min(raw), signed=True), format_percent(max(raw), signed=True)
+        hidden = f" (all stages, taken off the errors above; raw they are {low} to {high})"
+    drift = "not measured" if report.drift is None else format_percent(report.drift, signed=True)
+    return f"measured ÷ predicted {report.scale:.3f}{hidden}; drift of the machine {drift}"
+
+
+def setting_words(report: BalanceReport) -> str:
+    """What was run: stages, schedule, microbatches."""
+    microbatches = counted(report.num_microbatches, "microbatch", "es")
+    return (
+        f"{counted(len(report.stages), 'stage')}, {clean(report.schedule)}, {microbatches} of {report.microbatch_size}"
+    )
+
+
+def _columns(report: BalanceReport) -> list[TableColumn]:
+    stages = report.stages
+    unit, size = _memory_unit(report)
+    predicted = [None if stage.predicted_peak_bytes is None else stage.predicted_peak_bytes / size for stage in stages]
+    measured = [None if stage.measured_peak_bytes is None else stage.measured_peak_bytes / size for stage in stages]
+    peaks = format_column([*predicted, *measured])
+    return [
+        TableColumn("\nstage", [str(stage.index) for stage in stages], left=True),
+        TableColumn("\nbegins at", [stage.begins_at or DASH for stage in stages], left=True, name=True),
+        *_time_columns("forward", [stage.forward for stage in stages]),
+        *_time_columns("backward", [stage.backward for stage in stages]),
+        TableColumn(f"{unit}\npredicted", peaks[: len(stages)], dropped=1),
+        TableColumn("\nmeasured", peaks[len(stages) :], dropped=1),
+    ]
+
+
+def _time_columns(label: str, times: Sequence[ComparedTime]) -> list[TableColumn]:
+    cells = format_column([t.predicted_ms for t in times] + [t.measured_ms for t in times])
+    return [
+        TableColumn(f"{label}\npredicted", cells[: len(times)]),
+        TableColumn("\nmeasured", cells[len(times) :]),
+        TableColumn("\nerror", [format_percent(time.error, signed=True) for time in times]),
+    ]
+
+
+def _memory_unit(report: BalanceReport) -> tuple[str, int]:
+    peaks = [peak or 0 for s in report.stages for peak in (s.predicted_peak_bytes, s.measured_peak_bytes)]
+    return ("peak GiB", 2**30) if max(peaks) >= 2**30 else ("peak MiB", 2**20)
+
+
+def _alternatives(report: BalanceReport) -> str:
+    return " · ".join(
+        f"{other.label} the same cuts"
+        if other.same_cuts
+        else f"{other.label} {format_ms(other.step_ms)} ({format_percent(other.change, signed=True)})"
+        for other in report.alternatives
+    ) + (" (predicted)" if report.alternatives else "")
+
+
+def _pair(predicted: str, measured: str) -> str:
+    return f"predicted {predicted} · measured {measured}"
+
+
+def _ratio(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2f}"

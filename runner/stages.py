@@ -1,0 +1,152 @@
+"""Plan + model → this rank's stage, through `pipeline()` and `build_stage`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.distributed.pipelining import pipeline
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+
+from planner.errors import TraceError, UsageError, user_frames
+from planner.files.plan_file import Plan, TiedParameter
+from planner.machine.device import Device
+from planner.tracing.loading import ModelSource, as_call, build, make_batch, rows
+from planner.tracing.randomness import random_operations, remove_dropout
+from planner.tracing.rewriting import canonical_names
+from planner.tracing.split_policy import SplitPolicy, tied_over_cuts
+
+TENSOR = object()
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltStage:
+    """This rank's stage; `stage` is torch's, `rebuild_output` gives the loss what the model would have returned.
+
+    `output_leaves` are the model's output leaves in order: TENSOR for what the pipeline returns, constants as they are.
+    """
+
+    stage: Any
+    out_spec: TreeSpec | None
+    output_leaves: tuple[Any, ...]
+    tied: tuple[TiedParameter, ...]
+    state_names: tuple[str, ...]
+    aliases: dict[str, str]
+    untouched_state: dict[str, torch.Tensor]
+    num_dropouts_removed: int
+
+    def rebuild_output(self, output: Any) -> Any:
+        """The last stage's flat output in the model's own structure (a tensor, dict, tuple or ModelOutput)."""
+        if self.out_spec is None:
+            return output
+        tensors = iter(output if isinstance(output, (tuple, list)) else [output])
+        leaves = [next(tensors) if leaf is TENSOR else leaf for leaf in self.output_leaves]
+        return tree_unflatten(leaves, self.out_spec)
+
+
+class _Policy:
+    """The plan's policy, then, for comparisons, dropout removed; keeps what the runner needs to know."""
+
+    def __init__(self, model: nn.Module, plan: Plan, without_dropout: bool) -> None:
+        self.inner = SplitPolicy(model, plan)
+        self.without_dropout = without_dropout
+        self.removed = 0
+        self.leaves: tuple[Any, ...] = ()
+
+    def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
+        gm = self.inner(gm)
+        output = gm.graph.output_node().args[0]
+        leaves = tree_leaves(output, is_leaf=lambda leaf: leaf is None)
+        self.leaves = tuple(TENSOR if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
+        if self.without_dropout:
+            self.removed = prepare_for_comparison(gm)
+        return gm
+
+
+def prepare_for_comparison(gm: fx.GraphModule) -> int:
+    """Dropout as the identity; refuse other randomness by name. Returns how many dropouts were active."""
+    if others := random_operations(gm):
+        raise UsageError(
+            f"the model draws random numbers: {', '.join(others)}",
+            "--check compares two trainings, which other randomness than dropout would set apart",
+            "take the randomness out of forward, or run without --check",
+        )
+    removed = remove_dropout(gm)
+    gm.recompile()
+    return removed
+
+
+def build_stage(
+    plan: Plan, source: ModelSource, index: int, device: Device, *, without_dropout: bool = False, stock: bool = False
+) -> BuiltStage:
+    """Stage `index` of `plan` on `device`. Every rank builds the model by the seed rule and keeps its own part.
+
+    Raises TraceError where the model is no longer the planned one, UsageError where `stock` cannot be.
+    """
+    model = build(source, plan.seed)
+    inputs, _ = make_batch(source, plan.seed, 0, plan.batch_size)
+    args, kwargs = as_call(rows(inputs, 0, plan.microbatch_size))
+    names = canonical_names(model)
+    state = model.state_dict()
+    policy = _Policy(model, plan, without_dropout)
+    pipe = _stock_pipe(plan, model, args, kwargs) if stock else _policy_pipe(source, policy, model, args, kwargs)
+    if pipe.num_stages != plan.num_stages:
+        raise TraceError(f"torch made {pipe.num_stages} stages", f"the plan has {plan.num_stages}", "plan again")
+    used = {name for k in range(plan.num_stages) for name, _ in _state_of(pipe.get_stage_module(k))}
+    stage = pipe.build_stage(index, device.torch_device)
+    _take_flat_inputs(stage.submod)
+    return BuiltStage(
+        stage=stage,
+        out_spec=None if stock or policy.inner.trace is None else policy.inner.trace.out_spec,
+        output_leaves=policy.leaves,
+        tied=()
+        if policy.inner.trace is None
+        else tied_over_cuts(policy.inner.trace, [cut.before for cut in plan.cuts]),
+        state_names=tuple(state),
+        aliases=names,
+        untouched_state={n: t for n, t in state.items() if names.get(n, n) not in used},
+        num_dropouts_removed=policy.removed,
+    )
+
+
+def _policy_pipe(
+    source: ModelSource, policy: Callable[[Any], Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return pipeline(model, args, kwargs, split_policy=policy)
+    except RuntimeError as error:
+        cause = error.__cause__ or error
+        lines = str(cause).strip().splitlines()
+        raise TraceError(
+            f"pipeline() failed: {type(cause).__name__}: {lines[0] if lines else ''}",
+            "the model must still export as it did when the plan was made",
+            "make the plan again",
+            user_frames(cause, source.file),
+        ) from error
+
+
+def _stock_pipe(plan: Plan, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    spec = plan.split_spec()
+    from torch.distributed.pipelining import SplitPoint
+
+    assert all(point is SplitPoint.BEGINNING for point in spec.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pipeline(model, args, kwargs, split_spec=spec)
+
+
+def _state_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def _take_flat_inputs(submodule: Any) -> None:
+    """Let the first stage take tensors in signature order, whatever structure the model's own inputs have."""
+    if isinstance(submodule, fx.GraphModule):
+        submodule.graph.set_codegen(fx.graph.CodeGen())
+        submodule.recompile()

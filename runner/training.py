@@ -1,0 +1,216 @@
+"""One rank of a training run: schedule, tied gradients, optimizer, data by the seed rule, loss."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import ScheduleGPipe
+from torch.utils._pytree import tree_leaves, tree_map
+
+from planner.errors import ModelFileError, RunError, user_frames
+from planner.files.plan_file import Plan
+from planner.machine.device import Device
+from planner.tracing.loading import ModelSource, as_call, checked_batch, make_batch, rows, seed_everything
+from planner.tracing.tied_gradients import sum_tied_gradients
+from runner.measuring import StageRecorder, StepSamples, measure_peak_memory, resting_bytes
+from runner.stages import BuiltStage
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One step on this rank. `loss` is None except on the last stage's rank; the norm is of this stage's gradients."""
+
+    step: int
+    loss: float | None
+    squared_norm: float
+    learning_rate: float
+    wall_ms: float
+    samples: StepSamples | None
+    peak_memory_bytes: int | None
+
+
+class Trainer:
+    """Trains one stage of a plan, step by step."""
+
+    def __init__(self, plan: Plan, source: ModelSource, built: BuiltStage, device: Device) -> None:
+        self.plan, self.source, self.built, self.device = plan, source, built, device
+        self.stage = built.stage
+        self.recorder = StageRecorder(self.stage, device)
+        self.recorder.attach()
+        self.targets: Any = None
+        self.losses: list[torch.Tensor] = []
+        self.parameters = [p for p in self.stage.submod.parameters() if p.requires_grad]
+        self.optimizer = source.make_optimizer(self.parameters) if self.parameters else None
+        self.schedule = ScheduleGPipe(
+            self.stage,
+            plan.num_microbatches,
+            loss_fn=self.recorder.timed_loss(self._loss),
+            scale_grads=source.loss_reduction == "mean",
+        )
+
+    def _loss(self, output: Any, row_numbers: torch.Tensor) -> torch.Tensor:
+        """The user's loss on the rows of the batch that this microbatch holds."""
+        start, stop = int(row_numbers[0]), int(row_numbers[-1]) + 1
+        try:
+            loss = self.source.loss_fn(self.built.rebuild_output(output), rows(self.targets, start, stop))
+        except Exception as error:
+            raise ModelFileError(
+                f"{self.source.file.name}: loss_fn failed with {type(error).__name__}: {error}",
+                "loss_fn takes the model's output and the targets of one microbatch",
+                "correct the line shown",
+                user_frames(error, self.source.file),
+            ) from error
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise ModelFileError(
+                f"{self.source.file.name}: loss_fn returned {_described(loss)}", "it returns a scalar tensor"
+            )
+        return loss
+
+    def step(
+        self,
+        number: int,
+        batch: tuple[Any, Any],
+        after_backward: Callable[[], None] | None = None,
+        watch: Callable[[Callable[[], None]], None] = lambda work: work(),
+    ) -> StepResult:
+        """One training step on `batch`; `after_backward` is called before the optimizer steps, gradients complete.
+
+        `watch` runs the two parts of the step that it is given, schedule and optimizer.
+        """
+        self.losses = []
+        inputs, self.targets = _on_device(batch, self.device)
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        dist.barrier()
+        wall = time.perf_counter()
+        watch(lambda: self._run_schedule(inputs))
+        sum_tied_gradients(self.built.tied, self.stage)
+        norm, backward_wall = self._squared_norm(), time.perf_counter() - wall
+        if after_backward is not None:
+            after_backward()
+        wall, before = time.perf_counter(), self.device.stamp()
+        if self.optimizer is not None:
+            watch(self._optimizer_step)
+        optimizer = (before, self.device.stamp())
+        samples = self.recorder.take(number, optimizer, (backward_wall + time.perf_counter() - wall) * 1e3)
+        loss = self.batch_loss()
+        if loss is not None and not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} at step {number}",
+                "training goes on only with a finite loss",
+                "lower the learning rate in make_optimizer, or look at the batch of this step",
+            )
+        rate = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
+        return StepResult(number, loss, norm, float(rate), samples.step_wall_ms, samples, None)
+
+    def measured_step(
+        self, number: int, batch: tuple[Any, Any], after_backward: Callable[[], None] | None
+    ) -> StepResult:
+        """A step whose peak memory is measured instead of its times: the instrument would distort them."""
+        peaks: list[int] = []
+
+        def watch(work: Callable[[], None]) -> None:
+            resting = resting_bytes(self.stage, self.optimizer)
+            peaks.append(measure_peak_memory(self.device, resting, work))
+
+        result = self.step(number, batch, after_backward, watch)
+        return replace(result, samples=None, peak_memory_bytes=max(peaks))
+
+    def _optimizer_step(self) -> None:
+        assert self.optimizer is not None
+        self.optimizer.step()
+
+    def _run_schedule(self, inputs: Any) -> None:
+        leaves = [leaf for leaf in tree_leaves(as_call(inputs)) if isinstance(leaf, torch.Tensor)]
+        arguments = leaves if self.stage.is_first else []
+        keywords: dict[str, Any] = {}
+        if self.stage.is_last:
+            keywords = {"target": torch.arange(self.plan.batch_size), "losses": self.losses}
+        self.schedule.step(*arguments, **keywords, return_outputs=False)
+
+    def _squared_norm(self) -> float:
+        """Σ g² of this stage; a tied parameter counts on its first holder only."""
+        elsewhere = {t.name for t in self.built.tied if self.stage.stage_index in t.stages[1:]}
+        total = 0.0
+        for name, parameter in self.stage.submod.named_parameters():
+            if parameter.grad is not None and name not in elsewhere:
+                total += float(parameter.grad.detach().pow(2).sum())
+        return total
+
+    def batch_loss(self) -> float | None:
+        """The loss of the step's batch on the last stage's rank; None elsewhere."""
+        if not self.losses:
+            return None
+        values = torch.stack([loss.detach().reshape(()) for loss in self.losses])
+        return float(values.mean() if self.source.loss_reduction == "mean" else values.sum())
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _on_device(tree: Any, device: Device) -> Any:
+    return tree_map(lambda t: t.to(device.torch_device) if isinstance(t, torch.Tensor) else t, tree)
+
+
+def training_batches(
+    plan: Plan, source: ModelSource, say: Callable[[str], None]
+) -> Iterator[tuple[int, tuple[Any, Any]]]:
+    """Endless (step, batch): the user's `batches` where there are any, else `make_batch` by the seed rule.
+
+    A batch that does not have the plan's size is dropped, and that is said once per epoch.
+    """
+    step = 0
+    if source.batches is None:
+        while True:
+            yield step, make_batch(source, plan.seed, step, plan.batch_size)
+            step += 1
+    while True:
+        seed_everything(plan.seed + 1 + step)
+        before = step
+        for batch in source.batches(plan.batch_size):
+            checked = checked_batch(source, batch, None)
+            found = next(leaf.shape[0] for leaf in tree_leaves(checked) if isinstance(leaf, torch.Tensor))
+            if found != plan.batch_size:
+                say(f"dropped a batch of {found} samples: the plan divides {plan.batch_size} into microbatches")
+                continue
+            yield step, checked
+            step += 1
+        if step == before:
+            raise ModelFileError(
+                f"{source.file.name}: batches({plan.batch_size}) gave no batch of {plan.batch_size} samples",
+                "every epoch has at least one full batch",
+                "give more data or plan with a smaller --batch-size",
+            )
+
+
+def refuse_different_batches(batch: tuple[Any, Any], seed: int) -> None:
+    """All ranks must draw the same batch. Raises ModelFileError on every rank where one differs."""
+    digest = hashlib.sha256()
+    for leaf in tree_leaves(batch):
+        data = (
+            leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if _sized(leaf)
+            else repr(leaf).encode()
+        )
+        digest.update(data)
+    own = digest.hexdigest()
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    if len(set(found)) > 1:
+        raise ModelFileError(
+            f"ranks drew different batches for the same seed {seed}",
+            "make_batch draws only from torch, numpy and random, which are seeded alike on every rank",
+            "take time, file order and other sources of chance out of make_batch",
+        )
+
+
+def _sized(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.numel() > 0 and leaf.dim() > 0

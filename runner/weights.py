@@ -1,0 +1,72 @@
+"""The trained weights of all stages in one place: gathered tensor by tensor, written as safetensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from planner.errors import FileError
+from runner.stages import BuiltStage
+
+
+def gather_tensors(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """All ranks' tensors by name on rank 0 (on the CPU), None elsewhere; the first rank that holds a name wins."""
+    listing = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in own.items()]
+    listings: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(listings, listing)
+    rank = dist.get_rank()
+    if rank != 0:
+        for name, _, _ in listing:
+            dist.send(own[name].detach().contiguous(), 0)
+        return None
+    gathered = {name: tensor.detach().cpu() for name, tensor in own.items()}
+    device = next(iter(own.values())).device if own else torch.device("cpu")
+    for source in range(1, dist.get_world_size()):
+        for name, shape, dtype in listings[source]:
+            received = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            dist.recv(received, source)
+            gathered.setdefault(name, received.cpu())
+    return gathered
+
+
+def gather_gradients(built: BuiltStage) -> dict[str, torch.Tensor] | None:
+    """Every stage's gradients by canonical name on rank 0, None elsewhere."""
+    parameters = built.stage.submod.named_parameters()
+    return gather_tensors({name: p.grad for name, p in parameters if p.grad is not None})
+
+
+def gather_weights(built: BuiltStage) -> dict[str, torch.Tensor] | None:
+    """Every key of the model's `state_dict()` on rank 0, None elsewhere.
+
+    Tied names are copies; what no stage uses is as it was built.
+    """
+    own = dict(built.stage.submod.named_parameters(remove_duplicate=False))
+    own.update(built.stage.submod.named_buffers(remove_duplicate=False))
+    gathered = gather_tensors(own)
+    if gathered is None:
+        return None
+    weights = {}
+    for name in built.state_names:
+        canonical = built.aliases.get(name, name)
+        tensor = gathered[canonical] if canonical in gathered else built.untouched_state[name].detach().cpu()
+        weights[name] = tensor.clone()
+    return weights
+
+
+def write_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write `weights` as safetensors, complete or not at all. Raises FileError where the disk refuses."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(temporary))
+        os.replace(temporary, path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        rule = "the folder must be writable and the disk not full"
+        raise FileError(f"cannot write {path}: {error}", rule, "free space or give another path") from error

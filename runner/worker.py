@@ -1,0 +1,197 @@
+"""A worker: one rank, one stage. Trains, measures, checks; rank 0 writes the measurement and the report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from planner.errors import UsageError
+
+if TYPE_CHECKING:
+    from planner.files.measurement_file import CheckResult, SpeedUp
+    from planner.files.plan_file import Plan
+    from planner.machine.device import Device
+    from planner.tracing.loading import ModelSource
+    from runner.checking import Reference
+    from runner.options import RunOptions
+    from runner.training import StepResult, Trainer
+
+GROUP_TIMEOUT = timedelta(minutes=5)
+MEMORY_STEP = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """What every part of a worker needs."""
+
+    options: RunOptions
+    plan: Plan
+    source: ModelSource
+    device: Device
+    rank: int
+
+
+def main() -> None:
+    """Run as the rank that the environment says, with the command line of `run-plan`."""
+    import torch.distributed as dist
+
+    from runner.options import parse_options
+
+    context = open_context(parse_options(sys.argv[1:]))
+    try:
+        run(context)
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def open_context(options: RunOptions) -> RunContext:
+    """Read plan and model, choose the device, join the process group. Raises UsageError for a wrong world size."""
+    import torch
+    import torch.distributed as dist
+
+    from planner.files.plan_file import Plan
+    from planner.machine.device import choose_device
+    from planner.tracing.loading import load_source
+
+    plan = Plan.load(options.plan)
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if world != plan.num_stages:
+        raise UsageError(
+            f"{world} workers for a plan of {plan.num_stages} stages",
+            "every stage has a worker of its own",
+            f"start {plan.num_stages} processes, or plan again with --gpus {world}",
+        )
+    source = load_source(model_of(options, plan))
+    device = choose_device(options.device, int(os.environ.get("LOCAL_RANK", rank)))
+    if device.clock == "thread-cpu":
+        torch.set_num_threads(1)
+    backend = "gloo" if device.clock == "thread-cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
+    return RunContext(options, plan, source, device, rank)
+
+
+def model_of(options: RunOptions, plan: Plan) -> str:
+    """The model file of a run: `--model`, or the plan's own, which is relative to the plan."""
+    if options.model is not None:
+        return options.model
+    if plan.model.file is None:
+        raise UsageError(
+            "the plan was made from a layer graph and names no model file",
+            "training needs the model",
+            "give --model FILE",
+        )
+    return f"{options.plan.resolve().parent / plan.model.file}:{plan.model.entry}"
+
+
+def run(context: RunContext) -> None:
+    """Train and measure; the last line on stdout names what was written."""
+    from runner.comparing_cuts import compare_cuts
+    from runner.stages import build_stage
+    from runner.training import Trainer
+
+    options, plan = context.options, context.plan
+    built = build_stage(
+        plan, context.source, context.rank, context.device, without_dropout=options.check, stock=options.stock
+    )
+    trainer = Trainer(plan, context.source, built, context.device)
+    reference = _reference(context, trainer) if options.check else None
+    results = train(context, trainer, reference)
+    check = _finish_check(context, trainer, reference)
+    speed_up = compare_cuts(context) if options.against else None
+    _report(context, results, check, speed_up)
+
+
+def _reference(context: RunContext, trainer: Trainer) -> Reference | None:
+    """The unsplit model on rank 0, whose weights the stages must have; collective over all ranks."""
+    from runner.checking import Reference
+    from runner.weights import gather_weights
+
+    weights = gather_weights(trainer.built)
+    if weights is None:
+        return None
+    reference = Reference(context.plan, context.source, context.device)
+    reference.compare_parameters(weights, -1)
+    return reference
+
+
+def train(context: RunContext, trainer: Trainer, reference: Reference | None) -> list[StepResult]:
+    """All steps of the run on this rank. With `--check`, rank 0 trains the reference beside them."""
+    from runner.progress import step_progress
+    from runner.training import refuse_different_batches, training_batches
+
+    options = context.options
+    results: list[StepResult] = []
+    memory_step = min(MEMORY_STEP, options.steps - 1)
+    with step_progress(options.steps, context.rank) as report:
+        batches = training_batches(context.plan, context.source, report.say)
+        for _ in range(options.steps):
+            number, batch = next(batches)
+            if number == 0:
+                refuse_different_batches(batch, context.plan.seed)
+            compare = _comparison(context, trainer, reference, number, batch)
+            take = trainer.measured_step if number == memory_step else trainer.step
+            results.append(take(number, batch, compare))
+            report.step(number, results[-1].loss)
+    return results
+
+
+def _comparison(
+    context: RunContext, trainer: Trainer, reference: Reference | None, number: int, batch: Any
+) -> Callable[[], None] | None:
+    if not context.options.check:
+        return None
+    from runner.weights import gather_gradients
+
+    def compare() -> None:
+        loss = _loss_of_last_stage(trainer)
+        gradients = gather_gradients(trainer.built)
+        if reference is not None and gradients is not None:
+            reference.compare_gradients(number, loss, reference.backward(batch), gradients)
+
+    return compare
+
+
+def _loss_of_last_stage(trainer: Trainer) -> float:
+    import torch
+    import torch.distributed as dist
+
+    value = torch.tensor([trainer.batch_loss() or 0.0], dtype=torch.float64)
+    value = value.to(trainer.device.torch_device)
+    dist.broadcast(value, dist.get_world_size() - 1)
+    return float(value)
+
+
+def _finish_check(context: RunContext, trainer: Trainer, reference: Reference | None) -> CheckResult | None:
+    """Compare and export the weights; collective over all ranks."""
+    from runner.weights import gather_weights, write_weights
+
+    options = context.options
+    if not options.check and options.export_weights is None:
+        return None
+    weights = gather_weights(trainer.built)
+    if weights is not None and options.export_weights is not None:
+        write_weights(options.export_weights, weights)
+    if reference is None or weights is None:
+        return None
+    reference.compare_parameters(weights, reference.steps)
+    return reference.result(trainer.built.num_dropouts_removed > 0)
+
+
+def _report(
+    context: RunContext, results: list[StepResult], check: CheckResult | None, speed_up: SpeedUp | None
+) -> None:
+    """Gather what was measured; rank 0 writes and prints."""
+    import torch.distributed as dist
+
+    gathered: list[Any] | None = [None] * dist.get_world_size() if context.rank == 0 else None
+    dist.gather_object(results, gathered)
+    if gathered is None:
+        return
+    from runner.writing import write_run
+
+    write_run(context, gathered, check, speed_up)

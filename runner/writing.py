@@ -1,0 +1,57 @@
+"""What a run leaves behind: measurement.json, metrics.jsonl, report.html, and the report on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from planner.errors import ToleranceError, UsageError
+from planner.files.measurement_file import CheckResult, Measurement, SpeedUp
+from planner.files.reading import encode, write_text
+from planner.machine.device import describe_machine
+from runner.comparing import compare
+from runner.gathering import build_measurement
+from runner.reporting.page import render_html
+from runner.reporting.terminal import render_report
+from runner.training import StepResult
+
+if TYPE_CHECKING:
+    from runner.worker import RunContext
+
+
+def write_run(
+    context: RunContext,
+    results: Sequence[Sequence[StepResult]],
+    check: CheckResult | None,
+    speed_up: SpeedUp | None,
+) -> None:
+    """Build the measurement, write the run's files, print the report, and hold it against `--tolerance`."""
+    if not results[0]:
+        raise UsageError("--steps 0", "a run trains and measures at least one step", "give --steps 1 or more")
+    source = context.source
+    reference = source.reference_loss() if source.reference_loss is not None else None
+    machine, clock = describe_machine(context.device), context.device.clock
+    measurement = build_measurement(context.plan, results, machine, clock, check, speed_up, reference)
+    report = compare(context.plan, measurement)
+    folder = context.options.run_dir
+    write_measurement(folder, measurement)
+    write_text(folder / "report.html", render_html(report, context.plan, measurement))
+    if not context.options.quiet:
+        print(render_report(report))
+        print(f"wrote {folder / 'report.html'}, measurement.json, metrics.jsonl", flush=True)
+    tolerance = context.options.tolerance
+    if tolerance is not None and not report.within_tolerance(tolerance):
+        raise ToleranceError(
+            f"the prediction is off by more than {tolerance:.1%}",
+            "with --tolerance every stage's share of forward and of backward must be predicted within it",
+            "plan again with --fresh on a quieter machine, or allow more",
+        )
+
+
+def write_measurement(folder: Path, measurement: Measurement) -> None:
+    """Write measurement.json and metrics.jsonl."""
+    measurement.save(folder / "measurement.json")
+    lines = [json.dumps(encode(record), allow_nan=False) for record in measurement.steps]
+    write_text(folder / "metrics.jsonl", "\n".join(lines) + "\n")
