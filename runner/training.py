@@ -19,6 +19,7 @@ from planner.files.plan_file import Plan
 from planner.machine.device import Device
 from planner.tracing.loading import ModelSource, as_call, checked_batch, make_batch, rows, seed_everything
 from planner.tracing.tied_gradients import sum_tied_gradients
+from runner.exact_ties import ExactTies
 from runner.measuring import StageRecorder, StepSamples, measure_peak_memory, resting_bytes
 from runner.stages import BuiltStage
 
@@ -39,7 +40,11 @@ class StepResult:
 class Trainer:
     """Trains one stage of a plan, step by step."""
 
-    def __init__(self, plan: Plan, source: ModelSource, built: BuiltStage, device: Device) -> None:
+    def __init__(
+        self, plan: Plan, source: ModelSource, built: BuiltStage, device: Device, *, exact_ties: bool = False
+    ) -> None:
+        mean = source.loss_reduction == "mean"
+        self.ties = ExactTies(built, plan.num_microbatches, mean) if exact_ties else None
         self.plan, self.source, self.built, self.device = plan, source, built, device
         self.stage = built.stage
         self.recorder = StageRecorder(self.stage, device)
@@ -52,7 +57,7 @@ class Trainer:
             self.stage,
             plan.num_microbatches,
             loss_fn=self.recorder.timed_loss(self._loss),
-            scale_grads=source.loss_reduction == "mean",
+            scale_grads=mean,
         )
 
     def _loss(self, output: Any, row_numbers: torch.Tensor) -> torch.Tensor:
@@ -91,7 +96,7 @@ class Trainer:
         dist.barrier()
         wall = time.perf_counter()
         watch(lambda: self._run_schedule(inputs))
-        sum_tied_gradients(self.built.tied, self.stage)
+        self._sum_tied_gradients()
         norm, backward_wall = self._squared_norm(), time.perf_counter() - wall
         if after_backward is not None:
             after_backward()
@@ -122,6 +127,13 @@ class Trainer:
 
         result = self.step(number, batch, after_backward, watch)
         return replace(result, samples=None, peak_memory_bytes=max(peaks))
+
+    def _sum_tied_gradients(self) -> None:
+        if self.ties is not None:
+            self.ties.restore()
+        sum_tied_gradients(self.built.tied, self.stage)
+        if self.ties is not None:
+            self.ties.replace()
 
     def _optimizer_step(self) -> None:
         assert self.optimizer is not None

@@ -98,7 +98,7 @@ def run(context: RunContext) -> None:
     built = build_stage(
         plan, context.source, context.rank, context.device, without_dropout=options.check, stock=options.stock
     )
-    trainer = Trainer(plan, context.source, built, context.device)
+    trainer = Trainer(plan, context.source, built, context.device, exact_ties=options.check)
     reference = _reference(context, trainer) if options.check else None
     results = train(context, trainer, reference)
     check = _finish_check(context, trainer, reference)

@@ -26,7 +26,7 @@ def _sum_one(entry: TiedParameter, parameter: Any, stage: Any) -> None:
     import torch.distributed as dist
 
     group = stage.group
-    ranks = [_global_rank(stage, index) for index in entry.stages]
+    ranks = holder_ranks(entry, stage)
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     gradient = parameter.grad.contiguous()
@@ -42,6 +42,11 @@ def _sum_one(entry: TiedParameter, parameter: Any, stage: Any) -> None:
         dist.send(gradient, ranks[0], group=group)
         dist.recv(gradient, ranks[0], group=group)
     parameter.grad.copy_(gradient)
+
+
+def holder_ranks(entry: TiedParameter, stage: Any) -> list[int]:
+    """The global ranks of the stages that hold the parameter, in the order of the stages."""
+    return [_global_rank(stage, index) for index in entry.stages]
 
 
 def _global_rank(stage: Any, index: int) -> int:
