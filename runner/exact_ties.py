@@ -28,7 +28,7 @@ class ExactTies:
     def __init__(self, built: BuiltStage, num_microbatches: int, mean: bool) -> None:
         self.stage, self.num_microbatches, self.mean = built.stage, num_microbatches, mean
         self.held = [entry for entry in built.tied if self.stage.stage_index in entry.stages]
-        self.parameters = {name: p for name, p in self.stage.submod.named_parameters()}
+        self.parameters = dict(self.stage.submod.named_parameters())
         self.parts: dict[str, list[torch.Tensor]] = {entry.name: [] for entry in self.held}
         for entry in self.held:
             self.parameters[entry.name].register_post_accumulate_grad_hook(self._keeper(entry.name))

@@ -109,3 +109,7 @@ def schema_of(path: Path) -> str:
             f"{path} has schema {schema!r}", "it must be a file that plan or run-plan wrote", "check the path"
         )
     return parts[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ def gpipe_step_ms(stages: Sequence[StageTimes], num_microbatches: int) -> float:
     Σ_{j≥p} bf_j + Σ_{k≤j≤p} b_j + (m−2)·b_q (job 0 alone until stage p); for m = 1 it takes Σ_{j≥k} bf_j.
 
     >>> gpipe_step_ms([StageTimes(1, 2, 2, 0)] * 2, 3)
-    12
+    12.0
     """
     m, last = num_microbatches, len(stages) - 1
     forward = sum(s.forward_ms for s in stages) + (m - 1) * max(s.forward_ms for s in stages)
