@@ -124,8 +124,8 @@ def test_an_error_in_loss_fn_shows_the_users_line(tmp_path, models):
 
 
 def test_ranks_that_draw_different_batches_are_found(tmp_path, models):
-    more = "\nimport os\ndef make_batch(batch_size):\n    x = torch.randn(batch_size, 12) + int(os.environ.get('RANK', 0))"
-    more += "\n    return x, torch.randint(0, 3, (batch_size,))\n"
+    more = "\nimport os\ndef make_batch(batch_size):\n    rank = int(os.environ.get('RANK', 0))\n"
+    more += "    return torch.randn(batch_size, 12) + rank, torch.randint(0, 3, (batch_size,))\n"
     ended = command(model_with(tmp_path, more, models), "--steps", 1, cwd=tmp_path)
     assert ended.returncode == 2 and "different batches" in ended.stderr
 

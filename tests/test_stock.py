@@ -1,6 +1,7 @@
 """Plans on stock torch, with nothing of ours but Plan.load: gradients equal to the eager model's."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -115,9 +116,8 @@ def test_another_model_or_microbatch_is_refused(models):
 
 def test_a_plan_needs_no_torch_to_load(models, tmp_path):
     plan_at(models / "plain.py", ["3"]).save(tmp_path / "x.plan.json")
-    code = f"import sys; from planner import Plan; Plan.load({str(tmp_path / 'x.plan.json')!r}); print('torch' in sys.modules)"
-    import subprocess
-
+    path = str(tmp_path / "x.plan.json")
+    code = f"import sys; from planner import Plan; Plan.load({path!r}); print('torch' in sys.modules)"
     ended = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
