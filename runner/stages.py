@@ -17,7 +17,7 @@ from planner.files.plan_file import Plan, TiedParameter
 from planner.machine.device import Device
 from planner.tracing.loading import ModelSource, as_call, build, make_batch, rows
 from planner.tracing.randomness import random_operations, remove_dropout
-from planner.tracing.rewriting import canonical_names
+from planner.tracing.rewriting import canonical_names, set_device
 from planner.tracing.split_policy import SplitPolicy, tied_over_cuts
 
 TENSOR = object()
@@ -51,8 +51,9 @@ class BuiltStage:
 class _Policy:
     """The plan's policy, then, for comparisons, dropout removed; keeps what the runner needs to know."""
 
-    def __init__(self, model: nn.Module, plan: Plan, without_dropout: bool) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, device: torch.device, without_dropout: bool) -> None:
         self.inner = SplitPolicy(model, plan)
+        self.device = device
         self.without_dropout = without_dropout
         self.removed = 0
         self.leaves: tuple[Any, ...] = ()
@@ -62,6 +63,7 @@ class _Policy:
         output = gm.graph.output_node().args[0]
         leaves = tree_leaves(output, is_leaf=lambda leaf: leaf is None)
         self.leaves = tuple(TENSOR if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
+        set_device(gm, self.device)
         if self.without_dropout:
             self.removed = prepare_for_comparison(gm)
         return gm
@@ -92,7 +94,7 @@ def build_stage(
     args, kwargs = as_call(rows(inputs, 0, plan.microbatch_size))
     names = canonical_names(model)
     state = model.state_dict()
-    policy = _Policy(model, plan, without_dropout)
+    policy = _Policy(model, plan, device.torch_device, without_dropout)
     pipe = _stock_pipe(plan, model, args, kwargs) if stock else _policy_pipe(source, policy, model, args, kwargs)
     if pipe.num_stages != plan.num_stages:
         raise TraceError(f"torch made {pipe.num_stages} stages", f"the plan has {plan.num_stages}", "plan again")

@@ -13,8 +13,11 @@ from planner.errors import FileError
 from runner.stages import BuiltStage
 
 
-def gather_tensors(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """All ranks' tensors by name on rank 0 (on the CPU), None elsewhere; the first rank that holds a name wins."""
+def gather_tensors(own: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor] | None:
+    """All ranks' tensors by name on rank 0 (on the CPU), None elsewhere; the first rank that holds a name wins.
+
+    `device` is where this rank's process group exchanges tensors.
+    """
     listing = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in own.items()]
     listings: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(listings, listing)
@@ -24,7 +27,6 @@ def gather_tensors(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | No
             dist.send(own[name].detach().contiguous(), 0)
         return None
     gathered = {name: tensor.detach().cpu() for name, tensor in own.items()}
-    device = next(iter(own.values())).device if own else torch.device("cpu")
     for source in range(1, dist.get_world_size()):
         for name, shape, dtype in listings[source]:
             received = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
@@ -36,7 +38,8 @@ def gather_tensors(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | No
 def gather_gradients(built: BuiltStage) -> dict[str, torch.Tensor] | None:
     """Every stage's gradients by canonical name on rank 0, None elsewhere."""
     parameters = built.stage.submod.named_parameters()
-    return gather_tensors({name: p.grad for name, p in parameters if p.grad is not None})
+    gradients = {name: p.grad for name, p in parameters if p.grad is not None}
+    return gather_tensors(gradients, built.stage.device)
 
 
 def gather_weights(built: BuiltStage) -> dict[str, torch.Tensor] | None:
@@ -46,7 +49,7 @@ def gather_weights(built: BuiltStage) -> dict[str, torch.Tensor] | None:
     """
     own = dict(built.stage.submod.named_parameters(remove_duplicate=False))
     own.update(built.stage.submod.named_buffers(remove_duplicate=False))
-    gathered = gather_tensors(own)
+    gathered = gather_tensors(own, built.stage.device)
     if gathered is None:
         return None
     weights = {}

@@ -9,7 +9,7 @@ from planner.tracing.exporting import trace_model
 from planner.tracing.gradients import needs_gradient
 from planner.tracing.loading import as_call, build, load_source, make_batch, rows
 from planner.tracing.randomness import random_operations, remove_dropout
-from planner.tracing.rewriting import apply_cuts, canonical_names, compute_nodes
+from planner.tracing.rewriting import apply_cuts, canonical_names, compute_nodes, set_device
 
 
 def trace_file(path, size=2):
@@ -177,3 +177,18 @@ def test_canonical_names_are_the_first_of_each_tensor():
     model.a, model.b = nn.Linear(2, 2), nn.Linear(2, 2)
     model.b.weight = model.a.weight
     assert canonical_names(model)["b.weight"] == "a.weight"
+
+
+def test_the_device_of_the_trace_is_replaced_by_position_too():
+    class Moves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.inner(x + torch.zeros(2, device="cpu").to("cpu", torch.float32))
+
+    trace = trace_model(Moves(), (torch.ones(2, 2),), {})
+    set_device(trace.graph_module, torch.device("meta"))
+    named = [a for node in trace.graph_module.graph.nodes for a in [*node.args, *node.kwargs.values()]]
+    assert {a.type for a in named if isinstance(a, torch.device)} == {"meta"}

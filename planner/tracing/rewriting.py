@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.distributed.pipelining import pipe_split
 from torch.distributed.pipelining._IR import aten_pipe_split_alias
+from torch.utils._pytree import tree_map
 
 from planner.errors import TraceError
 from planner.tracing.gradients import needs_gradient
@@ -236,6 +237,18 @@ def _arrival(
         local = _call(graph, ATEN.view.dtype, received, example.dtype)
     stage[local] = index
     return local
+
+
+def set_device(gm: fx.GraphModule, device: torch.device) -> None:
+    """Let operations that name the device of the trace (as keyword or by position) name `device`; in place.
+
+    torch's own `build_stage` replaces the keyword `device` only.
+    """
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            node.args = tree_map(lambda a: device if isinstance(a, torch.device) else a, node.args)
+            node.kwargs = tree_map(lambda a: device if isinstance(a, torch.device) else a, dict(node.kwargs))
+    gm.recompile()
 
 
 def _mark_stages(graph: fx.Graph, stage: dict[fx.Node, int], num_stages: int) -> None:
