@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +9,6 @@ import numpy as np
 from planner.partitioning.bounds import least_largest
 from planner.partitioning.chain_costs import Chain, Cuts
 
-NUMBERED = re.compile(r"(?:(?P<owner>.*)\.)?(?P<number>\d+)")
 ACCELERATE_SLACK = 1.1
 
 
@@ -37,14 +35,20 @@ def held_parameter_bytes(chain: Chain) -> list[float]:
 def equal_layers(ids: Sequence[str], num_stages: int) -> Cuts:
     """Equally many repeated blocks in each stage, as people cut by hand; what surrounds them goes to the ends.
 
-    >>> equal_layers(["embedding", "layers.0", "layers.0.norm", "layers.1", "layers.2", "layers.3", "head"], 2)
+    The blocks are the numbered ones of the prefix that has the most of them, the outermost among equals. With fewer
+    blocks than stages, equal counts of layers.
+
+    >>> equal_layers(["embedding", "layers.0", "layers.0.norm", "layers.1.norm", "layers.2", "layers.3", "head"], 2)
     (4,)
     """
-    owners: dict[str, list[int]] = {}
+    begins: dict[str, dict[str, int]] = {}
     for index, name in enumerate(ids):
-        if match := NUMBERED.fullmatch(name):
-            owners.setdefault(match["owner"] or "", []).append(index)
-    blocks = max(owners.values(), key=len, default=[])
+        parts = name.split(".")
+        for depth, part in enumerate(parts):
+            if part.isdecimal():
+                begins.setdefault(".".join(parts[:depth]), {}).setdefault(part, index)
+    most = max(begins, key=lambda prefix: (len(set(begins[prefix].values())), -len(prefix)), default="")
+    blocks = sorted(set(begins.get(most, {}).values()))
     if len(blocks) < num_stages:
         return tuple(len(ids) * k // num_stages for k in range(1, num_stages))
     return tuple(blocks[-(-len(blocks) * k // num_stages)] for k in range(1, num_stages))
@@ -53,41 +57,44 @@ def equal_layers(ids: Sequence[str], num_stages: int) -> Cuts:
 def equal_sums(weights: Sequence[float], num_stages: int) -> Cuts:
     """Contiguous stages whose largest sum is least; among equal ones the leftmost."""
     prefix = np.concatenate([[0.0], np.cumsum(weights)])
-    allowed = np.ones(len(prefix), dtype=np.bool_)
-    allowed[[0, -1]] = False
-    cuts = least_largest(prefix, prefix, allowed, num_stages)
+    cuts = least_largest(prefix, prefix, np.triu(np.ones((len(prefix), len(prefix)), np.bool_), 1), num_stages)
     assert cuts is not None, "there are at least as many layers as stages"
     return cuts
 
 
 def block_partition(weights: Sequence[float], num_blocks: int) -> Cuts:
-    """Blocks whose sums differ by at most the largest weight, as torchgpipe balances (Bárány and Grinberg, 2015).
+    """Blocks whose sums differ by at most one unit, as torchgpipe balances (Bárány and Grinberg, arXiv 1308.2452).
 
-    Starts from equal counts; while a block q is lighter than the heaviest block p by more than the largest weight, the
-    block next to the nearest such q, on p's side, gives it one element.
+    Weights count from the smallest, in units of their range. From equal counts: while the lightest block is lighter
+    than the heaviest by more than a unit, its neighbour towards the heaviest gives it one element.
 
     >>> block_partition([1, 2, 3, 4, 5, 6], 2)
     (4,)
     """
-    bounds = [len(weights) * k // num_blocks for k in range(num_blocks + 1)]
-    largest = max(weights)
+    least = min(weights)
+    unit = max(weights) - least or 1.0
+    units = [(weight - least) / unit for weight in weights]
+    bounds = [len(weights) // num_blocks * k for k in range(num_blocks)] + [len(weights)]
     for _ in range(len(weights) * num_blocks * num_blocks):
-        sums = [sum(weights[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-        heaviest = max(range(num_blocks), key=lambda k: sums[k])
-        light = [k for k in range(num_blocks) if sums[k] < sums[heaviest] - largest * (1 + 1e-12)]
-        light = [k for k in light if _size(bounds, k + 1 if k < heaviest else k - 1) > 1]
-        if not light:
+        sums = [sum(units[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        lightest = sums.index(min(sums))
+        heaviest = num_blocks - 1 - sums[::-1].index(max(sums))
+        if sums[heaviest] <= sums[lightest] + 1:
             break
-        nearest = min(light, key=lambda k: abs(k - heaviest))
-        if nearest < heaviest:
-            bounds[nearest + 1] += 1
+        if lightest < heaviest:
+            bounds[lightest + 1] += 1
         else:
-            bounds[nearest] -= 1
+            bounds[lightest] -= 1
+    return _none_empty(bounds)
+
+
+def _none_empty(bounds: list[int]) -> Cuts:
+    """The cuts, moved apart where a block of weightless elements was left without any."""
+    for k in range(1, len(bounds) - 1):
+        bounds[k] = max(bounds[k], bounds[k - 1] + 1)
+    for k in range(len(bounds) - 2, 0, -1):
+        bounds[k] = min(bounds[k], bounds[k + 1] - 1)
     return tuple(bounds[1:-1])
-
-
-def _size(bounds: Sequence[int], block: int) -> int:
-    return bounds[block + 1] - bounds[block]
 
 
 def greedy_fill(weights: Sequence[float], num_stages: int) -> Cuts:

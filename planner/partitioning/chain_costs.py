@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
 
 from planner.errors import FileError
 from planner.scheduling.closed_forms import gpipe_step_ms
 from planner.scheduling.simulation import StageTimes
 
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 Cuts = tuple[int, ...]
 
 
@@ -58,12 +65,36 @@ class Chain:
     tied: tuple[ChainTied, ...]
 
     def __post_init__(self) -> None:
+        if not self.ids:
+            raise FileError("a chain without layers", "a model has at least one layer", "add layers")
         for field in fields(self):
             values = getattr(self, field.name)
-            if field.name not in ("tensors", "tied") and len(values) != len(self.ids):
-                raise FileError(f"{len(values)} values of {field.name}", f"there are {len(self.ids)} layers")
-            if field.name.endswith("_ms") and not all(math.isfinite(v) and v >= 0 for v in values):
-                raise FileError(f"{field.name} has a negative or infinite value", "costs are finite and not negative")
+            if field.name in ("tensors", "tied"):
+                self._check_members(field.name, values)
+            elif len(values) != len(self.ids):
+                rule = f"there are {len(self.ids)} layers"
+                raise FileError(f"{len(values)} values of {field.name}", rule, "give one value per layer")
+            elif field.name.endswith(("_ms", "_bytes")):
+                for name, value in zip(self.ids, values, strict=True):
+                    _refuse_wrong_cost(f"{field.name} of {name}", value)
+
+    def _check_members(self, kind: str, members: Sequence[ChainTensor | ChainTied]) -> None:
+        for member in members:
+            ordered = (member.producer, member.last_consumer) if isinstance(member, ChainTensor) else member.layers
+            if not ordered or min(ordered) < 0 or max(ordered) >= len(self.ids) or sorted(ordered) != list(ordered):
+                raise FileError(
+                    f"{kind}: {member.name!r} lies in layers {ordered}",
+                    f"layers are 0 to {len(self.ids) - 1} in program order, a tensor's producer first",
+                    "correct the layers",
+                )
+            for field in fields(member):
+                if field.name.endswith(("_ms", "_bytes")):
+                    _refuse_wrong_cost(f"{kind}: {field.name} of {member.name!r}", getattr(member, field.name))
+
+
+def _refuse_wrong_cost(where: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise FileError(f"{where} is {value}", "costs are finite and not negative", "correct the value")
 
 
 def crossing(chain: Chain, cut: int) -> tuple[ChainTensor, ...]:
@@ -124,3 +155,71 @@ def is_plain(chain: Chain, cuts: Sequence[int]) -> bool:
     """Whether stock torch does this cut rightly by `split_spec`: plain cuts, no relays, no tied group apart."""
     relayed = any(sum(t.producer < cut <= t.last_consumer for cut in cuts) > 1 for t in chain.tensors)
     return all(chain.plain_cut[cut] for cut in cuts) and not relayed and not split_groups(chain, cuts)
+
+
+class CostTable:
+    """Prefix sums of a chain, so that a stage's times cost a subtraction; agrees with `stage_costs`.
+
+    `up[j] − down[i]` is the load of a stage of layers i to j, the transfers at both its ends included. A stage that
+    begins at layer i ends after `beyond[i]`: with `plain`, nothing may pass over it.
+    """
+
+    def __init__(self, chain: Chain, num_microbatches: int, plain: bool = False) -> None:
+        self.chain, self.num_microbatches, self.plain = chain, num_microbatches, plain
+        self.num_layers = len(chain.ids)
+        across_forward, across_backward = (np.array(ms) for ms in crossing_ms(chain))
+        self.forward = _prefix(chain.forward_ms)
+        self.backward = _prefix(chain.backward_ms)
+        self.first = _prefix(chain.backward_first_ms)
+        self.optimizer = _prefix(chain.optimizer_ms)
+        self.forward_up, self.forward_down = self.forward + across_forward, self.forward - across_forward
+        self.backward_up, self.backward_down = self.backward + across_backward, self.backward - across_backward
+        self.first_up, self.first_down = self.first + across_backward, self.first - across_backward
+        self.allowed = np.array([False, *(self._allows(j) for j in range(1, self.num_layers)), False])
+        self.beyond = np.arange(self.num_layers + 1)
+        for tensor in chain.tensors if plain else ():
+            inside = slice(tensor.producer + 1, tensor.last_consumer + 1)
+            self.beyond[inside] = np.maximum(self.beyond[inside], tensor.last_consumer)
+
+    def _allows(self, position: int) -> bool:
+        return not self.plain or (self.chain.plain_cut[position] and not split_groups(self.chain, (position,)))
+
+    def stage(self, start: int, stop: int) -> StageTimes:
+        """The times of a stage of layers `start` to `stop`."""
+        tied = sum(group.optimizer_ms for group in self.chain.tied if holds(group, start, stop))
+        return StageTimes(
+            float(self.forward_up[stop] - self.forward_down[start]),
+            float(self.backward_up[stop] - self.backward_down[start]),
+            float(self.first_up[stop] - self.first_down[start]),
+            float(self.optimizer[stop] - self.optimizer[start]) + tied,
+        )
+
+    def step(self, cuts: Cuts) -> float:
+        """The GPipe step of `cuts`; infinite where the cuts are not allowed."""
+        if self.plain and not is_plain(self.chain, cuts):
+            return float("inf")
+        stages = [self.stage(start, stop) for start, stop in pairwise((0, *cuts, self.num_layers))]
+        sums = sum(tied.sum_ms for tied in split_groups(self.chain, cuts))
+        return gpipe_step_ms(stages, self.num_microbatches) + sums
+
+    @cached_property
+    def segments(self) -> Mask:
+        """segments[i, j]: layers i to j may be a stage."""
+        usable = self.allowed.copy()
+        usable[[0, -1]] = True
+        position = np.arange(self.num_layers + 1)
+        longer: Mask = self.beyond[:, None] < position[None, :]
+        legal: Mask = longer & usable[None, :] & usable[:, None]
+        return legal
+
+    def most_stages(self) -> int:
+        """The largest number of stages that the legal cuts allow: every stage ends as early as it may."""
+        stages, start = 1, 0
+        for position in range(1, self.num_layers):
+            if self.allowed[position] and position > self.beyond[start]:
+                stages, start = stages + 1, position
+        return stages
+
+
+def _prefix(values: Sequence[float]) -> Array:
+    return np.concatenate([[0.0], np.cumsum(values)])

@@ -1,4 +1,4 @@
-"""The families of the ILP, each one small function; pulp is imported here and in chain.py only.
+"""The families of the chain ILP, each one small function; only this folder imports pulp.
 
 Variables: x[k, j] = 1 where boundary k lies before layer j, so that stage k+1 begins there; everything else is
 continuous. Sums over stages are linear in x through prefix sums.
@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 import pulp
 
-from planner.partitioning.bounds import Array, CostTable
-from planner.partitioning.chain_costs import ChainTied
+from planner.partitioning.chain_costs import Array, ChainTied, CostTable
 
 Terms = dict[pulp.LpVariable, float]
 
@@ -102,11 +101,30 @@ def every_boundary_has_one_position(program: Program) -> None:
 
 def no_stage_is_empty(program: Program) -> None:
     """Where boundary k+1 lies before layer j or earlier, boundary k lies earlier still."""
+    placed: dict[int, dict[int, pulp.LpVariable]] = {}
     for k in range(len(program.x) - 1):
+        if max(program.positions[k]) < min(program.positions[k + 1]):
+            continue
+        for boundary in (k, k + 1):
+            if boundary not in placed:
+                placed[boundary] = _running_sums(program, boundary)
         for j in program.positions[k + 1]:
-            later = Linear({v: 1.0 for i, v in program.x[k + 1].items() if i <= j})
-            earlier = Linear({v: 1.0 for i, v in program.x[k].items() if i < j})
-            program.at_most(later.plus(earlier, -1.0), 0.0, f"order_{k}_{j}")
+            before = [i for i in program.positions[k] if i < j]
+            earlier = Linear({placed[k][before[-1]]: 1.0} if before else {})
+            program.at_most(Linear({placed[k + 1][j]: 1.0}).plus(earlier, -1.0), 0.0, f"order_{k}_{j}")
+
+
+def _running_sums(program: Program, k: int) -> dict[int, pulp.LpVariable]:
+    """By position: 1 where boundary k lies there or earlier. Variables of their own keep the rows short."""
+    sums: dict[int, pulp.LpVariable] = {}
+    row = Linear()
+    for j, variable in program.x[k].items():
+        sums[j] = program.continuous(f"placed_{k}_{j}")
+        row = row.with_variable(variable, 1.0).with_variable(sums[j], -1.0)
+        equal = pulp.LpConstraint(pulp.LpAffineExpression(list(row.terms.items())), pulp.LpConstraintEQ, rhs=0.0)
+        program.problem.addConstraint(equal, f"placed_{k}_{j}")
+        row = Linear({sums[j]: 1.0})
+    return sums
 
 
 def forward_takes(program: Program) -> Linear:

@@ -71,7 +71,9 @@ def chain_of(graph: nx.DiGraph) -> Chain:
     order = {node: index for index, node in enumerate(graph.nodes)}
     for source, target in graph.edges:
         if order[source] >= order[target]:
-            raise FileError(f"the edge {source} → {target} runs backwards", "nodes stand in program order")
+            raise FileError(
+                f"the edge {source} → {target} runs backwards", "nodes stand in program order", "sort the nodes"
+            )
     nodes = list(graph.nodes.values())
 
     def floats(field: str, default: str = "") -> tuple[float, ...]:
@@ -94,13 +96,19 @@ def chain_of(graph: nx.DiGraph) -> Chain:
 
 
 def _chain_tensor(tensor: dict[str, Any], order: dict[Any, int]) -> ChainTensor:
-    half = tensor.get("transfer_ms", 0.0) / 2
+    half = (tensor.get("transfer_ms") or 0.0) / 2
+    num_bytes = tensor.get("bytes") or 0
+    producer, *consumers = (order[node] for node in tensor["nodes"])
+    if consumers and min(consumers) < producer:
+        raise FileError(
+            f"the tensor of {tensor['nodes'][0]} is used before it is made", "nodes stand in program order", "sort them"
+        )
     return ChainTensor(
         name=str(tensor.get("name", tensor["nodes"][0])),
-        producer=order[tensor["nodes"][0]],
-        last_consumer=max(order[node] for node in tensor["nodes"]),
-        num_bytes=int(tensor.get("bytes", 0)),
-        gradient_bytes=int(tensor.get("gradient_bytes", tensor.get("bytes", 0))),
+        producer=producer,
+        last_consumer=max(consumers, default=producer),
+        num_bytes=int(num_bytes),
+        gradient_bytes=int(tensor.get("gradient_bytes", num_bytes)),
         transfer_forward_ms=float(tensor.get("transfer_forward_ms", half)),
         transfer_backward_ms=float(tensor.get("transfer_backward_ms", half)),
     )
@@ -108,7 +116,13 @@ def _chain_tensor(tensor: dict[str, Any], order: dict[Any, int]) -> ChainTensor:
 
 def _chain_tied(tied: dict[str, Any], order: dict[Any, int]) -> ChainTied:
     layers = tuple(sorted(order[node] for node in tied["nodes"]))
-    return ChainTied(tied["name"], layers, tied["parameter_bytes"], tied["optimizer_ms"], tied["sum_ms"])
+    return ChainTied(
+        name=str(tied.get("name", tied["nodes"][0])),
+        layers=layers,
+        parameter_bytes=int(tied.get("parameter_bytes") or 0),
+        optimizer_ms=float(tied.get("optimizer_ms") or 0.0),
+        sum_ms=float(tied.get("sum_ms") or 0.0),
+    )
 
 
 def graph_to_json(graph: nx.DiGraph) -> str:
@@ -123,40 +137,61 @@ def graph_from_json(path: Path) -> nx.DiGraph:
     import networkx as nx
 
     data = read_json(path, SCHEMA)
-    nodes = data.get("nodes")
-    if not isinstance(nodes, list) or not all(isinstance(n, dict) and "id" in n for n in nodes) or not nodes:
-        raise FileError(f"{path} has no list of nodes with ids", "a layer graph lists its layers", "add nodes")
-    for node in nodes:
-        for field, value in node.items():
-            if field.endswith(("_ms", "_bytes")):
-                _refuse_wrong_cost(f"{path}: node {node['id']}: {field}", value)
+    known = _node_ids(path, data)
+    if not data.get("directed", True) or data.get("multigraph", False):
+        raise FileError(f"{path} is no simple directed graph", "data flows one way", "set directed and no multigraph")
+    if not isinstance(data.get("graph", {}), dict):
+        raise FileError(f"{path}: graph is not an object", "it holds tensors and tied", "correct graph")
     try:
         graph = nx.node_link_graph(data, directed=True, multigraph=False, edges="edges")
-    except (KeyError, TypeError, nx.NetworkXError) as error:
-        raise FileError(f"{path} is not node-link JSON: {error!r}", "edges have source and target") from None
-    known = {node["id"] for node in nodes}
-    if len(known) != len(nodes) or set(graph.nodes) != known:
-        raise FileError(f"{path} has edges to unknown nodes or an id twice", "every id stands once among the nodes")
+    except (KeyError, TypeError, ValueError, AttributeError, nx.NetworkXError) as error:
+        rule = "nodes have ids, edges have source and target"
+        raise FileError(f"{path} is not node-link JSON: {error!r}", rule, "correct the edges") from None
+    if set(graph.nodes) != known:
+        unknown = ", ".join(map(str, set(graph.nodes) - known))
+        raise FileError(f"{path} has edges to {unknown}", "edges join nodes of the graph", "add the nodes")
     if not nx.is_directed_acyclic_graph(graph):
         cycle = " → ".join(str(edge[0]) for edge in nx.find_cycle(graph))
         raise FileError(f"{path} has a cycle: {cycle}", "layers depend on earlier layers only", "remove an edge")
-    _check_tensors(path, graph, known)
+    for kind in ("tensors", "tied"):
+        _check_members(f"{path}: {kind}", graph.graph.setdefault(kind, []), known)
     return graph
 
 
-def _check_tensors(path: Path, graph: nx.DiGraph, known: set[Any]) -> None:
-    for index, tensor in enumerate(graph.graph.setdefault("tensors", [])):
-        where = f"{path}: tensors[{index}]"
-        members = tensor.get("nodes") if isinstance(tensor, dict) else None
-        if not isinstance(members, list) or not members or not set(members) <= known:
-            raise FileError(f"{where} names nodes that are not there", "nodes are ids, the producer first")
-        for field, value in tensor.items():
-            if field.endswith("_ms") or field in ("bytes", "gradient_bytes"):
-                _refuse_wrong_cost(f"{where}: {field}", value)
+def _node_ids(path: Path, data: dict[str, Any]) -> set[Any]:
+    """The ids of the nodes, once their costs have been checked."""
+    nodes = data.get("nodes")
+    if not isinstance(nodes, list) or not nodes:
+        raise FileError(f"{path} has no list of nodes", "a layer graph lists its layers", "add nodes")
+    known: set[Any] = set()
+    for index, node in enumerate(nodes):
+        name = node.get("id") if isinstance(node, dict) else None
+        if not isinstance(name, (str, int)):
+            raise FileError(f"{path}: nodes[{index}] has no id", "an id is a text or a whole number", "give it an id")
+        if name in known:
+            raise FileError(f"{path}: two nodes have the id {name!r}", "ids are unique", "rename one")
+        known.add(name)
+        _check_costs(f"{path}: node {name}", node)
+    return known
 
 
-def _refuse_wrong_cost(where: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise FileError(f"{where} is {value!r}", "costs are finite numbers, not negative", "correct the value")
+def _check_members(where: str, members: Any, known: set[Any]) -> None:
+    """Tensors and tied parameters name nodes of the graph and have right costs."""
+    if not isinstance(members, list):
+        raise FileError(f"{where} is not a list", "it lists what joins nodes", "correct it")
+    for index, member in enumerate(members):
+        nodes = member.get("nodes") if isinstance(member, dict) else None
+        if not isinstance(nodes, list) or not nodes or not all(isinstance(n, (str, int)) and n in known for n in nodes):
+            rule = "nodes are ids of the graph, the producer first"
+            raise FileError(f"{where}[{index}] names nodes that are not there", rule, "correct nodes")
+        _check_costs(f"{where}[{index}]", member)
+
+
+def _check_costs(where: str, values: dict[str, Any]) -> None:
+    for field, value in values.items():
+        if value is None or not (field.endswith(("_ms", "_bytes")) or field == "bytes"):
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0:
+            rule = "costs are finite numbers, not negative"
+            raise FileError(f"{where}: {field} is {value!r}", rule, "correct the value")

@@ -48,7 +48,8 @@ class Task:
 class SimulatedStep:
     """A step: `wait_ms` is each stage's idle time until its last backward ends.
 
-    `bubble_fraction` is 1 − busy ÷ (time at which the last backward of all stages ends), without the optimizer.
+    `bubble_fraction` is 1 − busy ÷ (time at which the last backward of all stages ends), without the optimizer. That is
+    stage 0's last backward; another stage's may come sooner, even where its optimizer decides the step.
     """
 
     step_ms: float
@@ -129,22 +130,24 @@ def _summary(tasks: list[Task], num_stages: int) -> SimulatedStep:
 
 
 def critical_path(step: SimulatedStep) -> tuple[Task, ...]:
-    """The tasks that decide the step, first to last: each starts when the one before it ends."""
+    """The tasks that decide the step, first to last: each starts when the one before it ends, and waited for it.
+
+    >>> step = simulate([StageTimes(1, 2, 2, 0)] * 2, 2)
+    >>> [f"{task.kind} {task.microbatch} on {task.stage}" for task in critical_path(step)][:3]
+    ['forward 0 on 0', 'forward 0 on 1', 'forward 1 on 1']
+    """
+    tasks = {(str(task.kind), task.stage, task.microbatch): task for task in step.tasks}
+    on_stage: dict[int, list[Task]] = {}
+    waits_for: dict[Task, list[Task]] = {}
+    for task in step.tasks:
+        before = on_stage.setdefault(task.stage, [])
+        waits_for[task] = before[-1:]
+        before.append(task)
+    for task, others in waits_for.items():
+        if task.kind != "optimizer":
+            needed = _dependency(task.kind, task.stage, task.microbatch, len(on_stage))
+            others.extend([tasks[needed]] if needed is not None else [])
     path = [max(step.tasks, key=lambda task: task.end_ms)]
-    while path[-1].start_ms > 0:
-        task = path[-1]
-        earlier = [
-            t for t in step.tasks if t is not task and abs(t.end_ms - task.start_ms) <= 1e-9 * max(1.0, step.step_ms)
-        ]
-        linked = [t for t in earlier if _linked(t, task)]
-        if not linked:
-            break
-        path.append(max(linked, key=lambda t: t.end_ms - t.start_ms))
+    while waits_for[path[-1]]:
+        path.append(max(waits_for[path[-1]], key=lambda other: other.end_ms))
     return tuple(reversed(path))
-
-
-def _linked(before: Task, after: Task) -> bool:
-    """Whether `after` waits for `before`: the same stage, or the same microbatch on a neighbour."""
-    return before.start_ms < after.start_ms and (
-        before.stage == after.stage or (before.microbatch == after.microbatch and abs(before.stage - after.stage) == 1)
-    )
