@@ -35,6 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of the table")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"evenstage {version()}")
+    graph = parser.add_argument_group("a layer graph that came from elsewhere")
+    graph.add_argument("--graph", metavar="FILE", help="plan this node-link JSON instead of a model")
+    graph.add_argument("--objective", choices=["bottleneck"], help="minimise the largest stage load, not a step")
+    graph.add_argument("--no-transfers", action="store_true", help="with --objective: tensors cost nothing")
+    graph.add_argument("--cut-at", metavar="ID,ID…", help="score these cuts instead of searching")
     costs = parser.add_argument_group("what is planned for")
     costs.add_argument(
         "--batch-size", type=whole_number(1), metavar="N", help="samples per step (default: the model's)"
@@ -65,6 +70,8 @@ def run(flags: argparse.Namespace) -> int:
     if flags.example:
         print(Path(__file__).with_name("example_model.py").read_text(encoding="utf-8"), end="")
         return 0
+    if flags.graph is not None:
+        return _plan_graph(flags)
     request, output = _request(flags), _output(flags)
     profile, reused = _profile(flags, request, output)
     from planner.planning import plan_profile, relative_to
@@ -85,6 +92,8 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
     if (flags.model is None) == (flags.profile is None):
         got = "neither a model file nor --profile" if flags.model is None else "a model file and --profile"
         raise UsageError(got, "a plan comes from one of the two", "for example: plan --gpus 4 model.py")
+    if flags.objective is not None or flags.no_transfers or flags.cut_at is not None:
+        raise UsageError("--objective, --no-transfers or --cut-at", "they go with --graph FILE", "leave them out")
     if not flags.train and run_arguments(flags):
         raise UsageError(f"{run_arguments(flags)[0]} without --train", "it says how to train", "add --train")
     return PlanRequest(
@@ -96,6 +105,44 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         plain=flags.plain,
         seed=flags.seed,
     )
+
+
+def _plan_graph(flags: argparse.Namespace) -> int:
+    """Plan a layer graph: the largest load with --objective, else the step of the schedule."""
+    from planner.graph_planning import plan_bottleneck, plan_schedule
+    from planner.rendering import render_plan
+
+    _refuse_for_graph(flags)
+    path = Path(flags.graph)
+    if flags.objective == "bottleneck":
+        plan = plan_bottleneck(path, flags.gpus, transfers=not flags.no_transfers)
+    else:
+        cut_at = [] if flags.cut_at == "" else flags.cut_at.split(",") if flags.cut_at is not None else None
+        plan = plan_schedule(path, flags.gpus, flags.microbatches, cut_at=cut_at)
+    output = Path(flags.output) if flags.output is not None else Path(f"{path.stem}.plan.json")
+    plan.save(output)
+    if flags.json:
+        print(plan.to_json(), end="")
+    else:
+        print(f"{render_plan(plan, None)}\nwrote {output}", flush=True)
+    return 0
+
+
+def _refuse_for_graph(flags: argparse.Namespace) -> None:
+    """Raise UsageError for flags that do not go with --graph."""
+    example = "for example: plan --graph g.json --gpus 4 --objective bottleneck"
+    if flags.gpus is None:
+        raise UsageError("no --gpus", "the number of stages is needed", example)
+    given = {"a model file": flags.model, "--profile": flags.profile, "--train": flags.train or None}
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise UsageError(f"--graph and {wrong[0]}", "a plan comes from one source, and a graph cannot be run", example)
+    if flags.objective is not None and (flags.cut_at is not None or flags.microbatches is not None):
+        raise UsageError("--objective with --cut-at or --microbatches", "a load has no microbatches", example)
+    if flags.objective is None and flags.microbatches is None:
+        remedy = "give --microbatches M, or --objective bottleneck"
+        raise UsageError("--graph without --microbatches", "a step needs their number; a graph does not say it", remedy)
+    if flags.no_transfers and flags.objective is None:
+        raise UsageError("--no-transfers without --objective", "a step has its transfers", "add --objective bottleneck")
 
 
 def _output(flags: argparse.Namespace) -> Path:

@@ -259,8 +259,8 @@ def _alternatives(plan: Plan) -> tuple[Alternative, ...]:
     return tuple(
         Alternative(
             label=baseline_label(name),
-            step_ms=other.step_ms,
-            change=_error(other.step_ms, plan.step_ms),
+            step_ms=other.objective_ms,
+            change=_error(other.objective_ms, plan.scheduled_step_ms()),
             cuts=other.cuts,
             same_cuts=same_cuts(plan, other),
             fits=other.fits,

@@ -61,7 +61,7 @@ def compare_cuts(context: RunContext) -> SpeedUp | None:
     return SpeedUp(
         against=against,
         cuts=tuple(cut.before for cut in other.cuts),
-        predicted=plan.baselines[against].step_ms / plan.step_ms,
+        predicted=plan.baselines[against].objective_ms / plan.scheduled_step_ms(),
         measured=median(ratios),
         low=low,
         high=high,

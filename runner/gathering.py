@@ -58,7 +58,7 @@ def build_measurement(
         num_microbatches=plan.num_microbatches,
         microbatch_size=plan.microbatch_size,
         step_ms=StepTimes(
-            predicted=plan.step_ms,
+            predicted=plan.scheduled_step_ms(),
             measured=wall_step_ms if step_clock == "wall" else simulated.step_ms,
             ideal=ideal_step_ms(times, plan.num_microbatches),
         ),

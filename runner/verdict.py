@@ -94,7 +94,7 @@ def _fill_pipeline(plan: Plan, bubble: float) -> tuple[str, str]:
     """Idle time dominates: another microbatch count where one is known to be better, else a larger batch."""
     idle = f"but {format_percent(bubble)} of the step is idle while the pipeline fills and drains"
     best = min(plan.microbatch_curve, key=lambda point: point.step_ms, default=None)
-    if best is not None and best.step_ms < plan.step_ms and best.num_microbatches != plan.num_microbatches:
+    if best is not None and best.step_ms < plan.scheduled_step_ms() and best.num_microbatches != plan.num_microbatches:
         changed = "more" if best.num_microbatches > plan.num_microbatches else "fewer"
         return f"{idle}, so use {changed} microbatches", plan_command(plan, f"--microbatches {best.num_microbatches}")
     if len(plan.microbatch_curve) <= 1:

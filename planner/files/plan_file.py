@@ -73,7 +73,7 @@ class Stage:
 
     index: int
     rank: int
-    nodes: tuple[str, ...]
+    nodes: tuple[str | int, ...]
     names: tuple[str, ...]
     forward_ms: float
     forward_spread_ms: float
@@ -93,7 +93,7 @@ class Stage:
 class Baseline:
     """Another way to cut, on the same costs and the same microbatch count. `cuts` are ids of layers."""
 
-    step_ms: float
+    step_ms: float | None
     objective_ms: float
     fits: bool | None
     cuts: tuple[str, ...]
@@ -149,11 +149,11 @@ class Plan:
     precision: Literal["fp32"]
     seed: int
     data_parallel: int
-    step_ms: float
+    step_ms: float | None
     plain_chain: bool
     why_not: str | None
     split_specification: dict[str, str] | None
-    order: tuple[str, ...] | None
+    order: tuple[str | int, ...] | None
     recompute: tuple[str, ...]
     cuts: tuple[Cut, ...]
     stages: tuple[Stage, ...]
@@ -184,6 +184,16 @@ class Plan:
     def batch_size(self) -> int:
         """Samples per step: microbatches times their size."""
         return self.num_microbatches * self.microbatch_size
+
+    def scheduled_step_ms(self) -> float:
+        """The step of the plan's schedule. Raises UsageError for a plan that minimises the largest load instead."""
+        if self.step_ms is None:
+            raise UsageError(
+                "the plan has no schedule, so it has no step",
+                "--objective bottleneck minimises the largest stage load only",
+                "plan with --schedule",
+            )
+        return self.step_ms
 
     def to_json(self) -> str:
         """The text of the plan file."""

@@ -112,7 +112,10 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return data
     if origin in (types.UnionType, typing.Union):
         options = [option for option in typing.get_args(kind) if option is not type(None)]
-        return None if data is None else _decode(options[0], data, where)
+        if data is None and len(options) < len(typing.get_args(kind)):
+            return None
+        fitting = [option for option in options if isinstance(option, type) and type(data) is option]
+        return _decode(fitting[0] if fitting else options[0], data, where)
     if origin is tuple:
         return _decode_tuple(typing.get_args(kind), data, where)
     if origin in (dict, Mapping):

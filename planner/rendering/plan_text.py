@@ -6,7 +6,7 @@ import json
 from math import hypot
 from pathlib import PurePath
 
-from planner.files.plan_file import Baseline, Plan
+from planner.files.plan_file import Baseline, Plan, Stage
 from planner.files.profile_file import Profile
 from planner.rendering.table import TableColumn, table_lines
 from planner.rendering.wording import (
@@ -116,23 +116,32 @@ def _stage_table(plan: Plan, width: int) -> list[str]:
     """A row per stage; a narrow terminal loses the spreads first, then the bar, then the number of layers."""
     stages = plan.stages
     largest = max(stage.load_ms for stage in stages) or 1.0
-    longest = max(len(stage.names[0]) if stage.names else 0 for stage in stages)
+    begins = [_begin(plan, stage) for stage in stages]
+    longest = max(len(begin) for begin in begins)
+    spreads = any(stage.forward_spread_ms or stage.backward_spread_ms for stage in stages)
     bar_width = max(MIN_BAR_WIDTH, min(BAR_WIDTH, width - 68 - longest))
     forward = format_column([s.forward_ms for s in stages] + [s.forward_spread_ms for s in stages])
     backward = format_column([s.backward_ms for s in stages] + [s.backward_spread_ms for s in stages])
     peaks = [None if s.peak_memory_bytes is None else s.peak_memory_bytes / 2**30 for s in stages]
     columns = [
         TableColumn("stage", [str(stage.index) for stage in stages], left=True),
-        TableColumn("begins at", [stage.names[0] if stage.names else DASH for stage in stages], left=True, name=True),
+        TableColumn("begins at", begins, left=True, name=True),
         TableColumn("layers", [str(len(stage.nodes)) for stage in stages], dropped=1),
         TableColumn("forward ms", forward[: len(stages)]),
-        TableColumn("±", forward[len(stages) :], dropped=3),
+        *([TableColumn("±", forward[len(stages) :], dropped=3)] if spreads else []),
         TableColumn("backward ms", backward[: len(stages)]),
-        TableColumn("±", backward[len(stages) :], dropped=3),
+        *([TableColumn("±", backward[len(stages) :], dropped=3)] if spreads else []),
         TableColumn("memory GiB", [DASH if peak is None else f"{peak:.1f}" for peak in peaks]),
         TableColumn("load", [format_bar(stage.load_ms / largest, bar_width) for stage in stages], left=True, dropped=2),
     ]
     return table_lines(columns, width)
+
+
+def _begin(plan: Plan, stage: Stage) -> str:
+    """The module that a stage begins with; of a layer graph, whose names need not be short or unique, the id."""
+    if plan.model.file is None and stage.nodes:
+        return str(stage.nodes[0])
+    return stage.names[0] if stage.names else DASH
 
 
 def _step_figures(plan: Plan) -> list[str]:
@@ -142,10 +151,11 @@ def _step_figures(plan: Plan) -> list[str]:
         return [f"largest load {format_ms(plan.objective_ms)}", *evenness]
     counts = sorted(point.num_microbatches for point in plan.microbatch_curve)
     chosen = f" (chosen of {', '.join(map(str, counts))})" if len(counts) > 1 else ""
+    size = f" of {plan.microbatch_size}" if plan.model.file is not None else ""
     bubble = mean_bubble([stage.bubble_fraction for stage in plan.stages])
     return [
-        f"{counted(plan.num_microbatches, 'microbatch', 'es')} of {plan.microbatch_size}{chosen}",
-        f"step {format_ms(plan.step_ms)}",
+        f"{counted(plan.num_microbatches, 'microbatch', 'es')}{size}{chosen}",
+        f"step {format_ms(plan.scheduled_step_ms())}",
         *([f"bubble {format_percent(bubble)}"] if bubble is not None else []),
         *evenness,
     ]
@@ -154,9 +164,7 @@ def _step_figures(plan: Plan) -> list[str]:
 def _alternatives(plan: Plan, width: int) -> list[str]:
     parts = []
     for name, baseline in plan.baselines.items():
-        own, other = plan.step_ms, baseline.step_ms
-        if plan.schedule is None:
-            own, other = plan.objective_ms, baseline.objective_ms
+        own, other = plan.objective_ms, baseline.objective_ms
         if same_cuts(plan, baseline):
             parts.append(f"{baseline_label(name)} the same cuts")
             continue
@@ -171,6 +179,8 @@ def _alternatives(plan: Plan, width: int) -> list[str]:
 def _to_copy(plan: Plan, width: int) -> list[str]:
     if plan.num_stages == 1:
         return ["  one stage: nothing to split"]
+    if plan.model.file is None:
+        return []
     code = split_specification_code(plan, width - 2)
     if code is not None:
         return [f"  {line}" for line in code.splitlines()]
