@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size", type=whole_number(1), metavar="N", help="samples per step (default: the model's)"
     )
     costs.add_argument("--microbatches", type=_microbatches, default="auto", metavar="N|auto", help="default: auto")
-    costs.add_argument("--schedule", choices=["gpipe"], default="gpipe", help="default: gpipe")
+    costs.add_argument("--schedule", choices=["gpipe", "1f1b"], default="gpipe", help="default: gpipe")
     costs.add_argument("--precision", choices=["fp32"], default="fp32", help="default: fp32")
     costs.add_argument("--bandwidth", type=_bandwidth, metavar="RATE", help="of each link, e.g. 12GB/s (default: free)")
     costs.add_argument("--plain", action="store_true", help="only cuts that stock torch does rightly by split_spec")
@@ -104,6 +104,7 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         bandwidth_bytes_per_s=flags.bandwidth,
         plain=flags.plain,
         seed=flags.seed,
+        schedule=flags.schedule,
     )
 
 
@@ -118,7 +119,7 @@ def _plan_graph(flags: argparse.Namespace) -> int:
         plan = plan_bottleneck(path, flags.gpus, transfers=not flags.no_transfers)
     else:
         cut_at = [] if flags.cut_at == "" else flags.cut_at.split(",") if flags.cut_at is not None else None
-        plan = plan_schedule(path, flags.gpus, flags.microbatches, cut_at=cut_at)
+        plan = plan_schedule(path, flags.gpus, flags.microbatches, cut_at=cut_at, schedule=flags.schedule)
     output = Path(flags.output) if flags.output is not None else Path(f"{path.stem}.plan.json")
     plan.save(output)
     if flags.json:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from planner.errors import UsageError
 from planner.files.plan_file import Baseline, Cut, Plan, PlannedModel, SolverRecord, Stage, Status
-from planner.scheduling.simulation import simulate
+from planner.scheduling.simulation import simulate, too_few_microbatches
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -52,8 +52,15 @@ def plan_bottleneck(path: Path, num_stages: int, *, transfers: bool = True, time
     return _assemble(path, graph, solved, _load_stages(graph, found.stages, loads), others)
 
 
-def plan_schedule(path: Path, num_stages: int, num_microbatches: int, *, cut_at: Sequence[str] | None = None) -> Plan:
-    """Minimise the GPipe step over cuts of the graph in `path` in program order; with `cut_at`, score those cuts.
+def plan_schedule(
+    path: Path,
+    num_stages: int,
+    num_microbatches: int,
+    *,
+    cut_at: Sequence[str] | None = None,
+    schedule: Literal["gpipe", "1f1b"] = "gpipe",
+) -> Plan:
+    """Minimise the step of `schedule` over cuts of the graph in `path` in program order; `cut_at` scores given cuts.
 
     `optimal` is said where the graph has one order only; otherwise other orders might do better, and the plan is
     `feasible` with a bound that holds for all of them.
@@ -63,13 +70,15 @@ def plan_schedule(path: Path, num_stages: int, num_microbatches: int, *, cut_at:
     from planner.partitioning.chain_costs import step_ms
     from planner.partitioning.layer_graph import chain_of, graph_from_json
 
+    if schedule == "1f1b" and num_microbatches < num_stages:
+        raise too_few_microbatches(num_microbatches, num_stages)
     started = time.perf_counter()
     graph = graph_from_json(path)
     ordered = in_program_order(graph)
     chain, nodes = chain_of(ordered), list(ordered.nodes)
-    bound = any_order_bound_ms(chain, num_stages, num_microbatches)
+    bound = any_order_bound_ms(chain, num_stages, num_microbatches, schedule)
     if cut_at is None:
-        found = solve_chain(chain, num_stages, num_microbatches)
+        found = solve_chain(chain, num_stages, num_microbatches, schedule=schedule)
         single = all(graph.has_edge(a, b) for a, b in zip(nodes, nodes[1:], strict=False))
         bound = found.lower_bound_ms if single else bound
         proven = found.status == "optimal" and (single or bound >= found.step_ms * (1 - 1e-9))
@@ -78,14 +87,15 @@ def plan_schedule(path: Path, num_stages: int, num_microbatches: int, *, cut_at:
     else:
         cuts, status = _given_cuts(nodes, cut_at, num_stages), "scored"
         record = SolverRecord("given", time.perf_counter() - started, 0)
-    step = step_ms(chain, cuts, num_microbatches)
+    step = step_ms(chain, cuts, num_microbatches, schedule)
     stages = _pieces(nodes, cuts)
     solved = _Solved(stages, step, min(bound, step), status, record)
     others = {}
     for name, other in baselines(chain, num_stages).items():
-        other_step = step_ms(chain, other, num_microbatches)
+        other_step = step_ms(chain, other, num_microbatches, schedule)
         others[name] = Baseline(other_step, other_step, None, tuple(str(nodes[cut]) for cut in other))
-    return _assemble(path, graph, solved, _step_stages(chain, nodes, cuts, num_microbatches), others, num_microbatches)
+    drawn = _step_stages(chain, nodes, cuts, num_microbatches, schedule)
+    return _assemble(path, graph, solved, drawn, others, num_microbatches, schedule)
 
 
 def in_program_order(graph: nx.DiGraph) -> nx.DiGraph:
@@ -102,12 +112,16 @@ def in_program_order(graph: nx.DiGraph) -> nx.DiGraph:
     return ordered
 
 
-def any_order_bound_ms(chain: Chain, num_stages: int, num_microbatches: int) -> float:
-    """A lower bound on the GPipe step of any stages of these layers, in any order, without transfers.
+def any_order_bound_ms(chain: Chain, num_stages: int, num_microbatches: int, schedule: str = "gpipe") -> float:
+    """A lower bound on the step of any stages of these layers, in any order, without transfers.
 
-    All work once, and m−1 times the largest layer or the average stage, forward and backward apart.
+    All work once, and m−1 times the largest layer or the average stage: forward and backward apart for GPipe, whose
+    phases are, together for 1F1B (where "all work once" is that of the stage and of those before it: left out).
     """
     backward = [min(pair) for pair in zip(chain.backward_ms, chain.backward_first_ms, strict=True)]
+    if schedule != "gpipe":
+        load = [f + b for f, b in zip(chain.forward_ms, backward, strict=True)]
+        return num_microbatches * max(max(load), sum(load) / num_stages)
     slowest = sum(max(max(ms), sum(ms) / num_stages) for ms in (chain.forward_ms, chain.backward_ms))
     return sum(chain.forward_ms) + sum(backward) + (num_microbatches - 1) * slowest
 
@@ -157,13 +171,15 @@ def _load_stages(graph: nx.DiGraph, stages: Sequence[Sequence[Any]], loads: Sequ
     return tuple(result)
 
 
-def _step_stages(chain: Chain, nodes: Sequence[Any], cuts: Sequence[int], num_microbatches: int) -> tuple[Stage, ...]:
+def _step_stages(
+    chain: Chain, nodes: Sequence[Any], cuts: Sequence[int], num_microbatches: int, schedule: str
+) -> tuple[Stage, ...]:
     import networkx as nx
 
     from planner.partitioning.chain_costs import stage_costs
 
     costs = stage_costs(chain, cuts)
-    simulated = simulate(costs, num_microbatches)
+    simulated = simulate(costs, num_microbatches, schedule)
     named = nx.DiGraph()
     for node, name, size in zip(nodes, chain.names, chain.parameter_bytes, strict=True):
         named.add_node(node, name=name, parameter_bytes=size)
@@ -206,6 +222,7 @@ def _assemble(
     stages: tuple[Stage, ...],
     others: dict[str, Baseline],
     num_microbatches: int | None = None,
+    schedule: Literal["gpipe", "1f1b"] = "gpipe",
 ) -> Plan:
     flat = [node for nodes in solved.stages for node in nodes]
     return Plan(
@@ -214,7 +231,7 @@ def _assemble(
         objective_ms=solved.objective_ms,
         lower_bound_ms=solved.lower_bound_ms,
         solver=solved.solver,
-        schedule=None if num_microbatches is None else "gpipe",
+        schedule=None if num_microbatches is None else schedule,
         num_microbatches=num_microbatches or 1,
         microbatch_size=1,
         precision="fp32",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from planner.errors import UsageError
 from planner.files.plan_file import (
@@ -22,6 +22,7 @@ from planner.files.plan_file import (
     tied_over,
 )
 from planner.files.profile_file import Profile, SizeProfile
+from planner.scheduling.simulation import too_few_microbatches
 
 if TYPE_CHECKING:
     from planner.partitioning.chain import ChainSolution
@@ -42,10 +43,13 @@ class PlanRequest:
     bandwidth_bytes_per_s: float | None = None
     plain: bool = False
     seed: int = 0
+    schedule: Literal["gpipe", "1f1b"] = "gpipe"
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise UsageError(f"--gpus {self.gpus}", "a plan has at least one stage", "give --gpus 1 or more")
+        if self.schedule == "1f1b" and self.microbatches is not None and self.microbatches < self.gpus:
+            raise too_few_microbatches(self.microbatches, self.gpus)
 
 
 def make_plan(
@@ -58,13 +62,14 @@ def make_plan(
     bandwidth_bytes_per_s: float | None = None,
     plain: bool = False,
     seed: int = 0,
+    schedule: Literal["gpipe", "1f1b"] = "gpipe",
     progress: Progress = lambda share, text: None,
 ) -> Plan:
     """Plan `source` (a model file, or a Profile of one) for `gpus` stages.
 
     Raises ModelFileError, TraceError, ProfileError, InfeasibleError or UsageError; see `planner.errors`.
     """
-    request = PlanRequest(gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed)
+    request = PlanRequest(gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule)
     profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
     return plan_profile(profile, request)
 
@@ -112,7 +117,10 @@ def candidate_counts(batch_size: int, request: PlanRequest) -> tuple[int, ...]:
             )
         return (request.microbatches,)
     divisors = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
-    return tuple(count for count in divisors if count >= request.gpus) or (batch_size,)
+    enough = tuple(count for count in divisors if count >= request.gpus)
+    if not enough and request.schedule == "1f1b":
+        raise too_few_microbatches(batch_size, request.gpus)
+    return enough or (batch_size,)
 
 
 def _nearest_divisor(batch_size: int, wanted: int) -> int:
@@ -138,10 +146,10 @@ def plan_profile(profile: Profile, request: PlanRequest) -> Plan:
     for count in profiled_counts(profile, batch_size, request):
         size = profile.size(batch_size // count)
         chain = chain_of(build_layer_graph(size, request.bandwidth_bytes_per_s))
-        solution = solve_chain(chain, request.gpus, count, plain=request.plain)
+        solution = solve_chain(chain, request.gpus, count, plain=request.plain, schedule=request.schedule)
         candidates.append(_Candidate(count, size, chain, solution))
     best = min(candidates, key=lambda candidate: candidate.solution.step_ms)
-    plain = best_plain_within(best.chain, request.gpus, best.num_microbatches, best.solution.step_ms)
+    plain = best_plain_within(best.chain, request.gpus, best.num_microbatches, best.solution.step_ms, request.schedule)
     cuts = best.solution.cuts if plain is None else plain
     return _assemble(profile, request, best, cuts, candidates)
 
@@ -166,7 +174,7 @@ def _assemble(
     from planner.partitioning.chain_costs import crossing, is_plain, step_ms
 
     chain, solution, count = best.chain, best.solution, best.num_microbatches
-    step = step_ms(chain, cuts, count)
+    step = step_ms(chain, cuts, count, request.schedule)
     plain = is_plain(chain, cuts) and not profile.why_not_plain
     return Plan(
         model=PlannedModel(
@@ -184,7 +192,7 @@ def _assemble(
             sum(c.solution.seconds for c in candidates),
             sum(c.solution.num_nodes for c in candidates),
         ),
-        schedule="gpipe",
+        schedule=request.schedule,
         num_microbatches=count,
         microbatch_size=best.size.microbatch_size,
         precision="fp32",
@@ -200,8 +208,8 @@ def _assemble(
             Cut(chain.ids[c], tuple(t.name for t in crossing(chain, c)), sum(t.num_bytes for t in crossing(chain, c)))
             for c in cuts
         ),
-        stages=_stages(chain, cuts, count),
-        baselines=_baselines(chain, request.gpus, count),
+        stages=_stages(chain, cuts, count, request.schedule),
+        baselines=_baselines(chain, request, count),
         microbatch_curve=tuple(
             CurvePoint(c.num_microbatches, c.size.microbatch_size, c.solution.step_ms, c.solution.status)
             for c in candidates
@@ -228,12 +236,12 @@ def _why_not_plain(profile: Profile, chain: Chain, cuts: tuple[int, ...]) -> str
     return "the chain is not plain"
 
 
-def _stages(chain: Chain, cuts: tuple[int, ...], count: int) -> tuple[Stage, ...]:
+def _stages(chain: Chain, cuts: tuple[int, ...], count: int, schedule: str) -> tuple[Stage, ...]:
     from planner.partitioning.chain_costs import stage_costs
     from planner.scheduling.simulation import simulate
 
     costs = stage_costs(chain, cuts)
-    simulated = simulate(costs, count)
+    simulated = simulate(costs, count, schedule)
     bounds = [0, *cuts, len(chain.ids)]
     stages = []
     for index, cost in enumerate(costs):
@@ -269,13 +277,13 @@ def _combined(spreads: Sequence[float]) -> float:
     return sqrt(sum(spread * spread for spread in spreads))
 
 
-def _baselines(chain: Chain, num_stages: int, count: int) -> dict[str, Baseline]:
+def _baselines(chain: Chain, request: PlanRequest, count: int) -> dict[str, Baseline]:
     from planner.partitioning.baselines import baselines
     from planner.partitioning.chain_costs import step_ms
 
     found = {}
-    for name, cuts in baselines(chain, num_stages).items():
-        step = step_ms(chain, cuts, count)
+    for name, cuts in baselines(chain, request.gpus).items():
+        step = step_ms(chain, cuts, count, request.schedule)
         found[name] = Baseline(step, step, None, tuple(chain.ids[cut] for cut in cuts))
     return found
 
@@ -301,7 +309,7 @@ def limit_line(plan: Plan, profile: Profile) -> str:
     line = f"limited by stage {limiting.index}"
     if not cuts:
         return line
-    move = cheapest_move(chain, cuts, plan.num_microbatches)
+    move = cheapest_move(chain, cuts, plan.num_microbatches, plan.schedule or "gpipe")
     if move is None:
         return line
     layer, _, target, delta_ms = move

@@ -79,7 +79,7 @@ def _ratio(plan: Plan, ranks: Sequence[tuple[StepSamples, ...]], wall: bool) -> 
             steps.append(max(sample.step_wall_ms for sample in samples))
         else:
             times = [stage_times([sample]) for sample in samples]
-            steps.append(simulate(times, plan.num_microbatches).step_ms)
+            steps.append(simulate(times, plan.num_microbatches, plan.schedule or "gpipe").step_ms)
     return steps[1] / steps[0]
 
 

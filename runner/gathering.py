@@ -44,7 +44,8 @@ def build_measurement(
     """
     samples = [timed_samples(rank) for rank in results]
     times = [stage_times(stage) for stage in samples]
-    simulated = simulate(times, plan.num_microbatches)
+    schedule = plan.schedule or "gpipe"
+    simulated = simulate(times, plan.num_microbatches, schedule)
     wall_step_ms = median(
         max(walls) for walls in zip(*([s.step_wall_ms for s in rank] for rank in samples), strict=True)
     )
@@ -54,7 +55,7 @@ def build_measurement(
     return Measurement(
         plan=plan.model.fingerprint,
         name=plan.model.name,
-        schedule="gpipe",
+        schedule=schedule,
         num_microbatches=plan.num_microbatches,
         microbatch_size=plan.microbatch_size,
         step_ms=StepTimes(

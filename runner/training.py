@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining import ScheduleGPipe
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.utils._pytree import tree_leaves, tree_map
 
 from planner.errors import ModelFileError, RunError, user_frames
@@ -53,7 +53,8 @@ class Trainer:
         self.losses: list[torch.Tensor] = []
         self.parameters = [p for p in self.stage.submod.parameters() if p.requires_grad]
         self.optimizer = source.make_optimizer(self.parameters) if self.parameters else None
-        self.schedule = ScheduleGPipe(
+        schedule = Schedule1F1B if plan.schedule == "1f1b" else ScheduleGPipe
+        self.schedule = schedule(
             self.stage,
             plan.num_microbatches,
             loss_fn=self.recorder.timed_loss(self._loss),

@@ -42,18 +42,28 @@ class ChainSolution:
 
 
 def solve_chain(
-    chain: Chain, num_stages: int, num_microbatches: int, *, plain: bool = False, time_limit_s: float = 60.0
+    chain: Chain,
+    num_stages: int,
+    num_microbatches: int,
+    *,
+    plain: bool = False,
+    time_limit_s: float = 60.0,
+    schedule: str = "gpipe",
 ) -> ChainSolution:
-    """The cut into `num_stages` non-empty stages with the shortest GPipe step.
+    """The cut into `num_stages` non-empty stages with the shortest step of `schedule` ("gpipe" or "1f1b").
 
     `plain` allows only what stock torch does rightly by `split_spec`. Raises InfeasibleError where there are fewer
     legal cuts than boundaries.
     """
     started = time.perf_counter()
-    table = CostTable(chain, num_microbatches, plain)
+    table = CostTable(chain, num_microbatches, plain, schedule)
     _refuse_too_many_stages(table, num_stages)
+    if schedule == "1f1b" and num_stages > 1:
+        from planner.partitioning.one_f_one_b import solve_one_f_one_b
+
+        return solve_one_f_one_b(table, num_stages, time_limit_s)
     if num_stages == 1:
-        whole = step_ms(chain, (), num_microbatches)
+        whole = step_ms(chain, (), num_microbatches, schedule)
         return ChainSolution((), whole, whole, "optimal", "one stage", time.perf_counter() - started, 0)
     good = incumbent(table, num_stages, tuple(baselines(chain, num_stages).values()))
     left = remainder(table, num_stages, good)
@@ -110,28 +120,32 @@ def _cuts(program: constraints.Program) -> Cuts:
     return tuple(next(j for j, v in variables.items() if (v.value() or 0.0) > 0.5) for variables in program.x)
 
 
-def best_plain_within(chain: Chain, num_stages: int, num_microbatches: int, limit_ms: float) -> Cuts | None:
+def best_plain_within(
+    chain: Chain, num_stages: int, num_microbatches: int, limit_ms: float, schedule: str = "gpipe"
+) -> Cuts | None:
     """A plain chain whose step is not above `limit_ms` (to 1e-9), or None."""
     try:
-        solution = solve_chain(chain, num_stages, num_microbatches, plain=True)
+        solution = solve_chain(chain, num_stages, num_microbatches, plain=True, schedule=schedule)
     except InfeasibleError:
         return None
     return solution.cuts if solution.step_ms <= limit_ms * (1 + EQUAL) else None
 
 
-def cheapest_move(chain: Chain, cuts: Cuts, num_microbatches: int) -> tuple[int, int, int, float] | None:
+def cheapest_move(
+    chain: Chain, cuts: Cuts, num_microbatches: int, schedule: str = "gpipe"
+) -> tuple[int, int, int, float] | None:
     """The boundary layer that costs least to move: (layer, from stage, to stage, step difference in milliseconds).
 
     None where no boundary can move.
     """
-    base = step_ms(chain, cuts, num_microbatches)
+    base = step_ms(chain, cuts, num_microbatches, schedule)
     bounds = [0, *cuts, len(chain.ids)]
     moves = []
     for k, cut in enumerate(cuts):
         for moved, layer, source, target in ((cut - 1, cut - 1, k, k + 1), (cut + 1, cut, k + 1, k)):
             if bounds[k] < moved < bounds[k + 2]:
                 changed = (*cuts[:k], moved, *cuts[k + 1 :])
-                moves.append((step_ms(chain, changed, num_microbatches) - base, layer, source, target))
+                moves.append((step_ms(chain, changed, num_microbatches, schedule) - base, layer, source, target))
     if not moves:
         return None
     delta, layer, source, target = min(moves)

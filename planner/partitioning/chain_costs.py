@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from planner.errors import FileError
 from planner.scheduling.closed_forms import gpipe_step_ms
-from planner.scheduling.simulation import StageTimes
+from planner.scheduling.simulation import StageTimes, simulate
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -145,10 +145,17 @@ def split_groups(chain: Chain, cuts: Sequence[int]) -> tuple[ChainTied, ...]:
     return tuple(t for t in chain.tied if any(min(t.layers) < cut <= max(t.layers) for cut in cuts))
 
 
-def step_ms(chain: Chain, cuts: Sequence[int], num_microbatches: int) -> float:
-    """The GPipe step of a cut, exact: the closed form on the stages' times, and the sums of split tied gradients."""
+def step_ms(chain: Chain, cuts: Sequence[int], num_microbatches: int, schedule: str = "gpipe") -> float:
+    """The step of a cut, exact: of the stages' times under `schedule`, and the sums of split tied gradients."""
     sums = sum(group.sum_ms for group in split_groups(chain, cuts))
-    return gpipe_step_ms(stage_costs(chain, cuts), num_microbatches) + sums
+    return scheduled_ms(stage_costs(chain, cuts), num_microbatches, schedule) + sums
+
+
+def scheduled_ms(stages: Sequence[StageTimes], num_microbatches: int, schedule: str) -> float:
+    """The step of stages: GPipe by its closed form, which equals the simulation; other schedules by simulation."""
+    if schedule == "gpipe":
+        return gpipe_step_ms(stages, num_microbatches)
+    return simulate(stages, num_microbatches, schedule).step_ms
 
 
 def is_plain(chain: Chain, cuts: Sequence[int]) -> bool:
@@ -164,8 +171,8 @@ class CostTable:
     begins at layer i ends after `beyond[i]`: with `plain`, nothing may pass over it.
     """
 
-    def __init__(self, chain: Chain, num_microbatches: int, plain: bool = False) -> None:
-        self.chain, self.num_microbatches, self.plain = chain, num_microbatches, plain
+    def __init__(self, chain: Chain, num_microbatches: int, plain: bool = False, schedule: str = "gpipe") -> None:
+        self.chain, self.num_microbatches, self.plain, self.schedule = chain, num_microbatches, plain, schedule
         self.num_layers = len(chain.ids)
         across_forward, across_backward = (np.array(ms) for ms in crossing_ms(chain))
         self.forward = _prefix(chain.forward_ms)
@@ -195,12 +202,12 @@ class CostTable:
         )
 
     def step(self, cuts: Cuts) -> float:
-        """The GPipe step of `cuts`; infinite where the cuts are not allowed."""
+        """The step of `cuts` under the table's schedule; infinite where the cuts are not allowed."""
         if self.plain and not is_plain(self.chain, cuts):
             return float("inf")
         stages = [self.stage(start, stop) for start, stop in pairwise((0, *cuts, self.num_layers))]
         sums = sum(tied.sum_ms for tied in split_groups(self.chain, cuts))
-        return gpipe_step_ms(stages, self.num_microbatches) + sums
+        return scheduled_ms(stages, self.num_microbatches, self.schedule) + sums
 
     @cached_property
     def segments(self) -> Mask:

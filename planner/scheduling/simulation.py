@@ -151,3 +151,12 @@ def critical_path(step: SimulatedStep) -> tuple[Task, ...]:
     while waits_for[path[-1]]:
         path.append(max(waits_for[path[-1]], key=lambda other: other.end_ms))
     return tuple(reversed(path))
+
+
+def too_few_microbatches(num_microbatches: int, num_stages: int) -> UsageError:
+    """The error for 1F1B with fewer microbatches than stages."""
+    return UsageError(
+        f"{num_microbatches} microbatches for {num_stages} stages",
+        "1F1B needs at least as many microbatches as stages",
+        f"use {num_stages} microbatches or more (--microbatches, --batch-size), or --schedule gpipe",
+    )
