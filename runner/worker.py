@@ -37,16 +37,9 @@ class RunContext:
 
 def main() -> None:
     """Run as the rank that the environment says, with the command line of `run-plan`."""
-    import torch.distributed as dist
-
     from runner.options import parse_options
 
-    context = open_context(parse_options(sys.argv[1:]))
-    try:
-        run(context)
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+    run(open_context(parse_options(sys.argv[1:])))
 
 
 def open_context(options: RunOptions) -> RunContext:

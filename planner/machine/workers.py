@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,34 @@ def end_with_parent() -> None:
 
 
 def as_worker(main: Callable[[], None]) -> None:
-    """Run a worker's `main`; leave what went wrong where the parent looks for it, and exit with 1."""
+    """Run a worker's `main` and end the process: with 0, or with 1 and what went wrong where the parent looks for it.
+
+    The interpreter is not torn down: threads of the process group that are still open would abort it now and then.
+    """
     end_with_parent()
     try:
         main()
+        _leave_together()
     except BaseException as error:
         _leave_error(error)
         if "--debug" in sys.argv:
-            raise
-        sys.stderr.flush()
-        os._exit(1)
+            traceback.print_exc()
+        _end_process(1)
+    _end_process(0)
+
+
+def _leave_together() -> None:
+    """Wait for the other ranks, so that none loses a neighbour that it still needs."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _end_process(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _leave_error(error: BaseException) -> None:
@@ -61,7 +80,8 @@ def _leave_error(error: BaseException) -> None:
         record = {"kind": "", "got": f"{type(error).__name__}: {_cause(error) or (text[0] if text else '')}"}
     record["time"] = time.time()  # type: ignore[assignment]
     if folder is None:
-        print(f"{record['got']}", file=sys.stderr)
+        if not SECONDARY.search(record["got"]):
+            print(error if record["kind"] else record["got"], file=sys.stderr)
         return
     with contextlib.suppress(OSError):
         Path(folder, f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record), encoding="utf-8")

@@ -50,8 +50,6 @@ def main() -> None:
     sizes = tuple(_profile_size(request, source, device, size) for size in request.microbatch_sizes)
     if dist.get_rank() == 0:
         _write(request, source, sizes, describe_machine(device), time.perf_counter() - started)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _write(request: ProfileRequest, source: ModelSource, sizes: Any, machine: Any, seconds: float) -> None:
