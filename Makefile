@@ -3,6 +3,7 @@
 #   make demo      plan the example transformer for four stages, train it, and show how even it was
 #   make install   evenstage and its three commands, in .venv/bin
 #   make test      the tests
+#   make slow      the notebooks executed, the examples trained until they have learned
 #   make lint      style, types and the order of the modules
 #   make clean     remove the environment and all that was produced
 
@@ -13,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 DEMO := $(BIN)/plan --gpus 4 examples/transformer.py --train --steps 60 --run-dir runs/demo
 
-.PHONY: demo install test lint clean
+.PHONY: demo install test slow lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -22,7 +23,10 @@ demo: $(VENV)/.installed-demo
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -116,7 +116,7 @@ class Reference:
             max_loss_difference=self.loss.difference,
             max_gradient_difference=self.gradient.difference,
             max_parameter_difference=self.parameter.difference,
-            worst_parameter=self.parameter.name,
+            worst_parameter=self.parameter.name if self.parameter.difference > 0 else "",
             dropout_disabled=dropout_disabled,
         )
 

@@ -63,11 +63,12 @@ def render(files: Sequence[Path], kind: str) -> str:
     from planner.rendering import render_plan
 
     plan = Plan.load(plan_file)
+    seen = plan.seen_from_here(plan_file.parent)
     if measurement_file is None:
         if kind == "html":
             raise UsageError("a plan alone", "the HTML report holds a measurement against its plan", "name both files")
-        return plan.to_json() if kind == "json" else render_plan(plan, None) + "\n"
-    return render_comparison(plan, measurement_file, kind)
+        return plan.to_json() if kind == "json" else render_plan(seen, None) + "\n"
+    return render_comparison(seen, measurement_file, kind)
 
 
 def render_comparison(plan: Plan, measurement_file: Path, kind: str) -> str:

@@ -34,10 +34,11 @@ def write_run(
     reference = source.reference_loss() if source.reference_loss is not None else None
     machine, clock = describe_machine(context.device), context.device.clock
     measurement = build_measurement(context.plan, results, machine, clock, check, speed_up, reference)
-    report = compare(context.plan, measurement)
+    plan = context.plan.seen_from_here(context.options.plan.parent)
+    report = compare(plan, measurement)
     folder = context.options.run_dir
     write_measurement(folder, measurement)
-    write_text(folder / "report.html", render_html(report, context.plan, measurement))
+    write_text(folder / "report.html", render_html(report, plan, measurement))
     if not context.options.quiet:
         print(render_report(report))
         print(f"wrote {folder / 'report.html'}, measurement.json, metrics.jsonl", flush=True)

@@ -137,3 +137,14 @@ def test_the_api_trains_and_compares(tmp_path, models):
     measurement = train(plan, steps=3, check=True, device="cpu")
     assert measurement.check is not None and measurement.check.max_gradient_difference == 0.0
     assert len(compare(plan, measurement).stages) == 2
+
+
+def test_advised_commands_name_the_model_from_where_the_run_was_started(tmp_path, models):
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "model.py").write_text((models / "plain.py").read_text())
+    plan = plan_at(tmp_path / "model.py", ["5"])
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, file="../model.py"))
+    plan.save(tmp_path / "plans" / "x.plan.json")
+    ended = command("plans/x.plan.json", "--steps", 2, "--run-dir", "run", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "plan --gpus 2 model.py" in ended.stdout and "../model.py" not in ended.stdout

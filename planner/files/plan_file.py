@@ -5,8 +5,9 @@ Schema `evenstage/plan/1`. A value whose measurement does not exist yet is null,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -174,6 +175,14 @@ class Plan:
             raise FileError(
                 "a plan without microbatches", "at least one microbatch of one sample", "make the plan again"
             )
+
+    def seen_from_here(self, folder: Path) -> Plan:
+        """This plan, which lies in `folder`, with its model file named as the current directory sees it."""
+        if self.model.file is None:
+            return self
+        file = (folder / self.model.file).resolve()
+        near = os.path.relpath(file)
+        return replace(self, model=replace(self.model, file=str(file) if near.startswith("../..") else near))
 
     @property
     def num_stages(self) -> int:

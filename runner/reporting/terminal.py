@@ -80,10 +80,11 @@ def speed_up_words(speed_up: SpeedUp) -> str:
 def check_words(check: CheckResult) -> str:
     """How far the run was from the unsplit model."""
     dropout = "; dropout was the identity on both sides" if check.dropout_disabled else ""
+    worst = f" ({clean(check.worst_parameter)})" if check.worst_parameter else ""
     return (
         f"{counted(check.steps, 'step')} beside the unsplit model, largest differences:"
         f" loss {check.max_loss_difference:.1e}, gradient {check.max_gradient_difference:.1e},"
-        f" parameter {check.max_parameter_difference:.1e} ({clean(check.worst_parameter) or DASH}){dropout}"
+        f" parameter {check.max_parameter_difference:.1e}{worst}{dropout}"
     )
 
 
