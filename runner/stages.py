@@ -20,14 +20,19 @@ from planner.tracing.randomness import random_operations, remove_dropout
 from planner.tracing.rewriting import canonical_names, set_device
 from planner.tracing.split_policy import SplitPolicy, tied_over_cuts
 
-TENSOR = object()
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """An output leaf that the pipeline returns as its `index`-th tensor; a tensor returned twice comes once."""
+
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltStage:
     """This rank's stage; `stage` is torch's, `rebuild_output` gives the loss what the model would have returned.
 
-    `output_leaves` are the model's output leaves in order: TENSOR for what the pipeline returns, constants as they are.
+    `output_leaves` are the model's output leaves in order: an OutputTensor for each tensor, constants as they are.
     """
 
     stage: Any
@@ -43,8 +48,8 @@ class BuiltStage:
         """The last stage's flat output in the model's own structure (a tensor, dict, tuple or ModelOutput)."""
         if self.out_spec is None:
             return output
-        tensors = iter(output if isinstance(output, (tuple, list)) else [output])
-        leaves = [next(tensors) if leaf is TENSOR else leaf for leaf in self.output_leaves]
+        tensors = output if isinstance(output, (tuple, list)) else [output]
+        leaves = [tensors[leaf.index] if isinstance(leaf, OutputTensor) else leaf for leaf in self.output_leaves]
         return tree_unflatten(leaves, self.out_spec)
 
 
@@ -62,7 +67,8 @@ class _Policy:
         gm = self.inner(gm)
         output = gm.graph.output_node().args[0]
         leaves = tree_leaves(output, is_leaf=lambda leaf: leaf is None)
-        self.leaves = tuple(TENSOR if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
+        order = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
+        self.leaves = tuple(OutputTensor(order.index(x)) if isinstance(x, fx.Node) else x for x in leaves)
         set_device(gm, self.device)
         if self.without_dropout:
             self.removed = prepare_for_comparison(gm)

@@ -73,6 +73,24 @@ class SharedCounter(nn.Module):
         return self.c(self.b(self.a(x)) * self.count)
 
 
+class Fourier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.filter = nn.Identity()
+        self.gain = nn.Linear(3, 3)
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(self.before(x))
+        weights = self.gain(torch.ones(3))
+        return self.after(torch.fft.irfft(spectrum * weights, n=4))
+
+
+def test_no_cut_across_complex_values():
+    ids = [layer.id for layer in trace_model(Fourier(), (torch.ones(2, 4),), {}).layers]
+    assert "gain" not in ids and "after" in ids
+
+
 def test_no_cut_between_uses_of_a_buffer_that_changes():
     ids = [layer.id for layer in trace_model(SharedCounter(), (torch.ones(2, 3),), {}).layers]
     assert "b" not in ids and "c" in ids

@@ -209,13 +209,14 @@ def _live_values(graph: fx.Graph, nodes: list[fx.Node]) -> list[_Value]:
 
 
 def _illegal_positions(graph: fx.Graph, nodes: list[fx.Node], values: list[_Value]) -> set[int]:
-    """Positions where a cut would be wrong: before a write in place, inside a buffer's update, or nothing to send."""
+    """Positions where a cut would be wrong: before a write in place, in a buffer's update, nothing that can be sent."""
     num_nodes = len(nodes)
     illegal = _before_writes(graph, nodes)
     alive = [0] * (num_nodes + 1)
     for value in values:
         start, stop = value.producer + 1, value.last(num_nodes)
-        if not isinstance(value.node.meta.get("val"), torch.Tensor):
+        example = value.node.meta.get("val")
+        if not isinstance(example, torch.Tensor) or example.is_complex():  # torch receives no gradient for complex
             illegal.update(range(start, stop + 1))
         elif stop >= start:
             alive[start] += 1

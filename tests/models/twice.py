@@ -1,4 +1,4 @@
-"""A module called twice, inputs used out of signature order and late, an output made early, dict in and out."""
+"""A module called twice, inputs out of order and late, an output made early and one returned twice, dicts."""
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ class Twice(nn.Module):
         x = self.shared(early_output - early)
         x = self.middle(x.masked_fill(mask, 0.0))
         x = self.shared(x).t().contiguous().t()
-        return {"logits": self.last(x * late), "early": early_output, "nothing": None}
+        logits = self.last(x * late)
+        return {"logits": logits, "early": early_output, "nothing": None, "again": logits}
 
 
 def build_model():
@@ -36,6 +37,6 @@ def make_batch(batch_size):
 
 
 def loss_fn(output, targets):
-    assert output["nothing"] is None
+    assert output["nothing"] is None and output["again"] is output["logits"]
     first = nn.functional.cross_entropy(output["logits"], targets["classes"])
     return first + nn.functional.mse_loss(output["early"], targets["early"])
