@@ -1,4 +1,4 @@
-"""For --check: gradients of tied parameters summed in the very order of the unsplit model.
+"""For --check and --export-weights: gradients of tied parameters summed in the very order of the unsplit model.
 
 Autograd adds, microbatch by microbatch, the parts of all uses of a parameter and then the sum to its gradient; a
 pipeline adds each holder's microbatches first. The two differ by rounding (1e-8), which Adam blows up wherever the true

@@ -91,7 +91,8 @@ def run(context: RunContext) -> None:
     built = build_stage(
         plan, context.source, context.rank, context.device, without_dropout=options.check, stock=options.stock
     )
-    trainer = Trainer(plan, context.source, built, context.device, exact_ties=options.check)
+    exact = options.check or options.export_weights is not None
+    trainer = Trainer(plan, context.source, built, context.device, exact_ties=exact)
     reference = _reference(context, trainer) if options.check else None
     results = train(context, trainer, reference)
     check = _finish_check(context, trainer, reference)
