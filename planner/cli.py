@@ -94,6 +94,8 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         raise UsageError(got, "a plan comes from one of the two", "for example: plan --gpus 4 model.py")
     if flags.objective is not None or flags.no_transfers or flags.cut_at is not None:
         raise UsageError("--objective, --no-transfers or --cut-at", "they go with --graph FILE", "leave them out")
+    if flags.output is not None and flags.output in (flags.profile, (flags.model or "").partition(":")[0]):
+        raise UsageError(f"-o {flags.output}", "the plan may not overwrite what it is made from", "name another file")
     if not flags.train and run_arguments(flags):
         raise UsageError(f"{run_arguments(flags)[0]} without --train", "it says how to train", "add --train")
     return PlanRequest(

@@ -41,7 +41,6 @@ class Reference:
     def __init__(self, plan: Plan, source: ModelSource, device: Device) -> None:
         self.plan, self.source = plan, source
         self.model = build(source, plan.seed).to(device.torch_device)
-        self.model.train()
         silence_dropout(self.model)
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.names = canonical_names(self.model)

@@ -120,7 +120,6 @@ def train(context: RunContext, trainer: Trainer, reference: Reference | None) ->
 
     options = context.options
     results: list[StepResult] = []
-    memory_step = min(MEMORY_STEP, options.steps - 1)
     with step_progress(options.steps, context.rank) as report:
         batches = training_batches(context.plan, context.source, report.say)
         for _ in range(options.steps):
@@ -128,7 +127,7 @@ def train(context: RunContext, trainer: Trainer, reference: Reference | None) ->
             if number == 0:
                 refuse_different_batches(batch, context.plan.seed)
             compare = _comparison(context, trainer, reference, number, batch)
-            take = trainer.measured_step if number == memory_step else trainer.step
+            take = trainer.measured_step if number == MEMORY_STEP else trainer.step
             results.append(take(number, batch, compare))
             report.step(number, results[-1].loss)
     return results
