@@ -69,7 +69,7 @@ def solve_chain(
     left = remainder(table, num_stages, good)
     program = _build(table, left, plain)
     outcome = solve(program.problem, time_limit_s)
-    found = _cuts(program) if outcome in (PROVEN, UNPROVEN) else left.best
+    found = program.cuts() if outcome in (PROVEN, UNPROVEN) else left.best
     cuts = min((left.best, found), key=table.step)
     step = step_ms(chain, cuts, num_microbatches)
     proven = outcome == PROVEN
@@ -114,10 +114,6 @@ def _build(table: CostTable, left: Remainder, plain: bool) -> constraints.Progra
     objective = constraints.total([*parts, constraints.tied_sums_take(program)])
     program.problem.setObjective(pulp.LpAffineExpression(list(objective.terms.items()), objective.constant))
     return program
-
-
-def _cuts(program: constraints.Program) -> Cuts:
-    return tuple(next(j for j, v in variables.items() if (v.value() or 0.0) > 0.5) for variables in program.x)
 
 
 def best_plain_within(

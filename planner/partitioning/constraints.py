@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pulp
 
-from planner.partitioning.chain_costs import Array, ChainTied, CostTable
+from planner.partitioning.chain_costs import Array, ChainTied, CostTable, Cuts
 
 Terms = dict[pulp.LpVariable, float]
 
@@ -57,6 +57,10 @@ class Program:
     def num_stages(self) -> int:
         """Stages are one more than boundaries."""
         return len(self.x) + 1
+
+    def cuts(self) -> Cuts:
+        """The positions of the boundaries in the solution that the solver left."""
+        return tuple(next(j for j, v in variables.items() if (v.value() or 0.0) > 0.5) for variables in self.x)
 
     def at_most(self, left: Linear, right: float, name: str) -> None:
         """Add the row left ≤ right."""

@@ -52,7 +52,7 @@ def solve_one_f_one_b(table: CostTable, num_stages: int, time_limit_s: float = 6
         nodes += node_count(program.problem)
         bound = max(bound, dual_bound(program.problem) / program.scale)
         if outcome in (PROVEN, UNPROVEN):
-            found = _cuts(program)
+            found = program.cuts()
             best = min((best, found), key=table.step)
             _exclude(program, found, number)
         proven = bound >= table.step(best) * (1 - EQUAL)
@@ -146,10 +146,6 @@ def _windows(table: CostTable, num_stages: int, best_step_ms: float) -> list[lis
         behind.append((fits & behind[-1][None, :]).any(axis=1))
     boundaries = range(num_stages - 1)
     return [np.nonzero(ahead[k + 1] & behind[num_stages - 1 - k] & table.allowed)[0].tolist() for k in boundaries]
-
-
-def _cuts(program: Program) -> Cuts:
-    return tuple(next(j for j, v in variables.items() if (v.value() or 0.0) > 0.5) for variables in program.x)
 
 
 def _exclude(program: Program, cuts: Cuts, number: int) -> None:

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.distributed.pipelining import pipe_split
 from torch.distributed.pipelining._IR import aten_pipe_split_alias
 from torch.utils._pytree import tree_map
 
@@ -258,11 +257,5 @@ def _mark_stages(graph: fx.Graph, stage: dict[fx.Node, int], num_stages: int) ->
             first.setdefault(stage[node], node)
     for index in range(1, num_stages):
         with graph.inserting_before(first[index]):
-            mark = graph.call_function(pipe_split_target(), ())
+            mark = graph.call_function(aten_pipe_split_alias, ())
             mark.meta = {"nn_module_stack": ROOT_STACK, "val": None}
-
-
-def pipe_split_target() -> Any:
-    """The operator that marks a cut; importing `pipe_split` registers it."""
-    assert pipe_split is not None
-    return aten_pipe_split_alias
