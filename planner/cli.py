@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     costs.add_argument("--schedule", choices=["gpipe", "1f1b"], default="gpipe", help="default: gpipe")
     costs.add_argument("--precision", choices=["fp32"], default="fp32", help="default: fp32")
     costs.add_argument("--bandwidth", type=_bandwidth, metavar="RATE", help="of each link, e.g. 12GB/s (default: free)")
+    costs.add_argument(
+        "--memory", type=_memory, metavar="SIZE", help="what each stage may need, e.g. 24GiB (default: the GPU's)"
+    )
     costs.add_argument("--plain", action="store_true", help="only cuts that stock torch does rightly by split_spec")
     costs.add_argument("--seed", type=whole_number(0), default=0, metavar="S", help="default: 0")
     profile = parser.add_argument_group("the profile")
@@ -107,6 +111,7 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         plain=flags.plain,
         seed=flags.seed,
         schedule=flags.schedule,
+        memory_bytes=flags.memory,
     )
 
 
@@ -118,7 +123,7 @@ def _plan_graph(flags: argparse.Namespace) -> int:
     _refuse_for_graph(flags)
     path = Path(flags.graph)
     if flags.objective == "bottleneck":
-        plan = plan_bottleneck(path, flags.gpus, transfers=not flags.no_transfers)
+        plan = plan_bottleneck(path, flags.gpus, transfers=not flags.no_transfers, memory_bytes=flags.memory)
     else:
         cut_at = [] if flags.cut_at == "" else flags.cut_at.split(",") if flags.cut_at is not None else None
         plan = plan_schedule(path, flags.gpus, flags.microbatches, cut_at=cut_at, schedule=flags.schedule)
@@ -144,6 +149,9 @@ def _refuse_for_graph(flags: argparse.Namespace) -> None:
     if flags.objective is None and flags.microbatches is None:
         remedy = "give --microbatches M, or --objective bottleneck"
         raise UsageError("--graph without --microbatches", "a step needs their number; a graph does not say it", remedy)
+    if flags.memory is not None and flags.objective is None:
+        rule = "a graph's memory adds up per stage, without microbatches"
+        raise UsageError("--memory with --graph and a schedule", rule, "add --objective bottleneck")
     if flags.no_transfers and flags.objective is None:
         raise UsageError("--no-transfers without --objective", "a step has its transfers", "add --objective bottleneck")
 
@@ -237,6 +245,17 @@ def _train(flags: argparse.Namespace, output: Path) -> int:
 
 def _microbatches(text: str) -> int | None:
     return None if text == "auto" else whole_number(1)(text)
+
+
+def _memory(text: str) -> int:
+    """Bytes: a number with a unit, e.g. 24GiB, 80GB, 512MiB, 1000B."""
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", text.strip())
+    value = int(float(found[1]) * units.get(found[2], 0)) if found else 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a size such as 24GiB, 80GB or 512MiB")
+    return value
 
 
 def _bandwidth(text: str) -> float:

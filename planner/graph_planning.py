@@ -29,17 +29,27 @@ class _Solved:
     solver: SolverRecord
 
 
-def plan_bottleneck(path: Path, num_stages: int, *, transfers: bool = True, time_limit_s: float = 60.0) -> Plan:
+def plan_bottleneck(
+    path: Path,
+    num_stages: int,
+    *,
+    transfers: bool = True,
+    time_limit_s: float = 60.0,
+    memory_bytes: int | None = None,
+) -> Plan:
     """Minimise the largest stage load of the graph in `path`, over stages that are closed under predecessors.
 
-    `transfers` charges a tensor once to every stage that holds some of its nodes while others are elsewhere. Raises
-    FileError for a graph that is none, InfeasibleError where no stages exist.
+    `transfers` charges a tensor once to every stage that holds some of its nodes while others are elsewhere.
+    `memory_bytes` limits the sum of a stage's `memory_bytes`, in place of the graph's own limit. Raises FileError for a
+    graph that is none, InfeasibleError where no stages exist.
     """
     from planner.partitioning.baselines import baselines
     from planner.partitioning.branching import solve_graph, stage_loads
     from planner.partitioning.layer_graph import chain_of, graph_from_json
 
     graph = graph_from_json(path)
+    if memory_bytes is not None:
+        graph.graph["memory_limit_bytes"] = memory_bytes
     found = solve_graph(graph, num_stages, transfers=transfers, time_limit_s=time_limit_s)
     loads = stage_loads(graph, found.stages, transfers)
     record = SolverRecord(found.solver_name, found.seconds, found.num_nodes)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from planner.errors import UsageError
 from planner.files.plan_file import (
@@ -27,6 +27,8 @@ from planner.scheduling.simulation import too_few_microbatches
 if TYPE_CHECKING:
     from planner.partitioning.chain import ChainSolution
     from planner.partitioning.chain_costs import Chain
+    from planner.partitioning.memory_limit import MemoryLimit
+    from planner.scheduling.memory_timeline import MemoryPoint
 
 Progress = Callable[[float, str], None]
 DEFAULT_BATCH_SIZE = 16
@@ -34,7 +36,10 @@ DEFAULT_BATCH_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What a plan is wanted for. `microbatches` None means: choose."""
+    """What a plan is wanted for. `microbatches` None means: choose.
+
+    `memory_bytes` is what each stage may need; None means what the profiled device has, and on a CPU no limit.
+    """
 
     gpus: int
     batch_size: int | None = None
@@ -44,6 +49,7 @@ class PlanRequest:
     plain: bool = False
     seed: int = 0
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -63,13 +69,16 @@ def make_plan(
     plain: bool = False,
     seed: int = 0,
     schedule: Literal["gpipe", "1f1b"] = "gpipe",
+    memory_bytes: int | None = None,
     progress: Progress = lambda share, text: None,
 ) -> Plan:
     """Plan `source` (a model file, or a Profile of one) for `gpus` stages.
 
     Raises ModelFileError, TraceError, ProfileError, InfeasibleError or UsageError; see `planner.errors`.
     """
-    request = PlanRequest(gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule)
+    request = PlanRequest(
+        gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule, memory_bytes
+    )
     profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
     return plan_profile(profile, request)
 
@@ -137,21 +146,89 @@ class _Candidate:
 
 
 def plan_profile(profile: Profile, request: PlanRequest) -> Plan:
-    """Solve every microbatch count that was profiled, and assemble the best plan. Needs no hardware."""
+    """Solve every microbatch count that was profiled, and assemble the best plan. Needs no hardware.
+
+    Counts at which no cut fits into the memory are left out. Raises InfeasibleError where that is all of them.
+    """
+    from planner.memory_advice import explain_infeasible
     from planner.partitioning.chain import best_plain_within, solve_chain
-    from planner.partitioning.layer_graph import build_layer_graph, chain_of
+    from planner.partitioning.memory_limit import TooLittleMemoryError
 
     batch_size = profile.batch_size if request.batch_size is None else request.batch_size
-    candidates = []
+    limit = memory_limit(profile, request)
+    candidates, refused = [], []
     for count in profiled_counts(profile, batch_size, request):
-        size = profile.size(batch_size // count)
-        chain = chain_of(build_layer_graph(size, request.bandwidth_bytes_per_s))
-        solution = solve_chain(chain, request.gpus, count, plain=request.plain, schedule=request.schedule)
+        size, chain = profile.size(batch_size // count), chain_at(profile, batch_size // count, request)
+        try:
+            solution = solve_chain(
+                chain, request.gpus, count, plain=request.plain, schedule=request.schedule, memory=limit
+            )
+        except TooLittleMemoryError as error:
+            refused.append(error)
+            continue
         candidates.append(_Candidate(count, size, chain, solution))
+    if not candidates:
+        raise explain_infeasible(
+            refused,
+            lambda **changes: _works(profile, request, changes),
+            gpus=request.gpus,
+            batch_size=batch_size,
+            microbatch_sizes=[size.microbatch_size for size in profile.sizes],
+            other_schedule="1f1b" if request.schedule == "gpipe" else None,
+        )
     best = min(candidates, key=lambda candidate: candidate.solution.step_ms)
-    plain = best_plain_within(best.chain, request.gpus, best.num_microbatches, best.solution.step_ms, request.schedule)
+    plain = best_plain_within(
+        best.chain, request.gpus, best.num_microbatches, best.solution.step_ms, request.schedule, limit
+    )
     cuts = best.solution.cuts if plain is None else plain
     return _assemble(profile, request, best, cuts, candidates)
+
+
+def _works(profile: Profile, request: PlanRequest, changes: dict[str, Any]) -> bool:
+    """Whether the request with these changes has a microbatch count at which some cut fits."""
+    from planner.partitioning.chain_costs import CostTable
+    from planner.partitioning.memory_limit import FittingStages, any_fit
+
+    try:
+        request = replace(request, **changes)
+        batch_size = profile.batch_size if request.batch_size is None else request.batch_size
+        counts = profiled_counts(profile, batch_size, request)
+    except UsageError:
+        return False
+    limit = memory_limit(profile, request)
+    assert limit is not None
+    for count in counts:
+        chain = chain_at(profile, batch_size // count, request)
+        fitting = FittingStages(chain, count, request.schedule, limit)
+        table = CostTable(chain, count, request.plain, request.schedule, fitting)
+        if request.gpus <= table.most_stages() and any_fit(table, request.gpus):
+            return True
+    return False
+
+
+def chain_at(profile: Profile, microbatch_size: int, request: PlanRequest) -> Chain:
+    """The chain that is solved for one microbatch size."""
+    from planner.partitioning.layer_graph import build_layer_graph, chain_of
+
+    return chain_of(build_layer_graph(profile.size(microbatch_size), request.bandwidth_bytes_per_s))
+
+
+def memory_limit(profile: Profile, request: PlanRequest) -> MemoryLimit | None:
+    """What a stage may need: what was asked for, else what the device has. Raises UsageError without measurements."""
+    from planner.partitioning.memory_limit import MemoryLimit
+
+    asked = request.memory_bytes
+    limit = profile.machine.memory_bytes if asked is None else asked
+    measured = all(size.memory is not None for size in profile.sizes)
+    if limit is None or not (measured or asked is not None):
+        return None
+    if not measured:
+        raise UsageError(
+            "--memory with a profile that knows no memory",
+            "the memory of every layer must have been measured",
+            "profile again with --fresh",
+        )
+    return MemoryLimit(limit, profile.machine.reserved_bytes)
 
 
 def profiled_counts(profile: Profile, batch_size: int, request: PlanRequest) -> tuple[int, ...]:
@@ -208,8 +285,8 @@ def _assemble(
             Cut(chain.ids[c], tuple(t.name for t in crossing(chain, c)), sum(t.num_bytes for t in crossing(chain, c)))
             for c in cuts
         ),
-        stages=_stages(chain, cuts, count, request.schedule),
-        baselines=_baselines(chain, request, count),
+        stages=_stages(chain, cuts, count, request.schedule, profile.machine.reserved_bytes),
+        baselines=_baselines(chain, request, count, memory_limit(profile, request)),
         microbatch_curve=tuple(
             CurvePoint(c.num_microbatches, c.size.microbatch_size, c.solution.step_ms, c.solution.status)
             for c in candidates
@@ -217,6 +294,7 @@ def _assemble(
         tied=tied_parameters(best.size, cuts),
         bandwidth_bytes_per_s=request.bandwidth_bytes_per_s,
         machine=profile.machine,
+        memory_limit_bytes=profile.machine.memory_bytes if request.memory_bytes is None else request.memory_bytes,
     )
 
 
@@ -236,15 +314,27 @@ def _why_not_plain(profile: Profile, chain: Chain, cuts: tuple[int, ...]) -> str
     return "the chain is not plain"
 
 
-def _stages(chain: Chain, cuts: tuple[int, ...], count: int, schedule: str) -> tuple[Stage, ...]:
+def stage_peaks(
+    chain: Chain, cuts: Sequence[int], count: int, schedule: str, reserved_bytes: int = 0
+) -> Sequence[MemoryPoint | None]:
+    """The fullest moment of every stage; None where memory was not measured."""
+    from planner.partitioning.stage_memory import StageMemoryTable
+
+    if chain.memory is None:
+        return [None] * (len(cuts) + 1)
+    return StageMemoryTable(chain, count, schedule, reserved_bytes).peaks(cuts)
+
+
+def _stages(chain: Chain, cuts: tuple[int, ...], count: int, schedule: str, reserved_bytes: int) -> tuple[Stage, ...]:
     from planner.partitioning.chain_costs import stage_costs
     from planner.scheduling.simulation import simulate
 
     costs = stage_costs(chain, cuts)
     simulated = simulate(costs, count, schedule)
     bounds = [0, *cuts, len(chain.ids)]
+    peaks = stage_peaks(chain, cuts, count, schedule, reserved_bytes)
     stages = []
-    for index, cost in enumerate(costs):
+    for index, (cost, peak) in enumerate(zip(costs, peaks, strict=True)):
         start, stop = bounds[index], bounds[index + 1]
         held = dict(_held_tied(chain, start, stop))
         stages.append(
@@ -263,6 +353,8 @@ def _stages(chain: Chain, cuts: tuple[int, ...], count: int, schedule: str) -> t
                 wait_ms=simulated.wait_ms[index],
                 bubble_fraction=simulated.bubble_fraction[index],
                 parameter_bytes=sum(chain.parameter_bytes[start:stop]) + sum(held.values()),
+                peak_memory_bytes=None if peak is None else peak.peak_bytes,
+                memory=None if peak is None else peak.memory,
             )
         )
     return tuple(stages)
@@ -277,14 +369,17 @@ def _combined(spreads: Sequence[float]) -> float:
     return sqrt(sum(spread * spread for spread in spreads))
 
 
-def _baselines(chain: Chain, request: PlanRequest, count: int) -> dict[str, Baseline]:
+def _baselines(chain: Chain, request: PlanRequest, count: int, limit: MemoryLimit | None) -> dict[str, Baseline]:
     from planner.partitioning.baselines import baselines
     from planner.partitioning.chain_costs import step_ms
 
     found = {}
     for name, cuts in baselines(chain, request.gpus).items():
-        step = step_ms(chain, cuts, count, request.schedule)
-        found[name] = Baseline(step, step, None, tuple(chain.ids[cut] for cut in cuts))
+        step, fits = step_ms(chain, cuts, count, request.schedule), None
+        if limit is not None:
+            peaks = stage_peaks(chain, cuts, count, request.schedule, limit.reserved_bytes)
+            fits = all(peak is None or peak.peak_bytes <= limit.limit_bytes for peak in peaks)
+        found[name] = Baseline(step, step, fits, tuple(chain.ids[cut] for cut in cuts))
     return found
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from planner.machine.device import Device
+from planner.machine.memory_events import memory_events, peak_of_events
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,46 +94,7 @@ def measure_peak_memory(device: Device, resting_bytes: int, work: Callable[[], N
         device.reset_peak_memory()
         work()
         return int(device.peak_memory_bytes() or 0)
-    with _silent_descriptors():
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            work()
-        with tempfile.TemporaryDirectory(prefix="evenstage-memory-") as folder:
-            file = Path(folder, "trace.json")
-            profiler.export_chrome_trace(str(file))
-            events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
-    return resting_bytes + peak_of_events(events)
-
-
-@contextlib.contextmanager
-def _silent_descriptors() -> Iterator[None]:
-    """Torch's profiler writes lines of its own to the process's output; they go nowhere."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for descriptor in (*kept, nowhere):
-            os.close(descriptor)
-
-
-def peak_of_events(events: list[dict[str, Any]]) -> int:
-    """The largest running sum of a profile's `[memory]` events.
-
-    >>> peak_of_events([{"name": "[memory]", "ts": t, "args": {"Bytes": b}} for t, b in [(1, 8), (2, -8), (3, 4)]])
-    8
-    """
-    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: float(event["ts"]))
-    live = peak = 0
-    for event in memory:
-        live += int(event["args"]["Bytes"])
-        peak = max(peak, live)
-    return peak
+    return resting_bytes + peak_of_events(memory_events(work))
 
 
 def resting_bytes(stage: Any, optimizer: torch.optim.Optimizer | None) -> int:

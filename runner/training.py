@@ -50,6 +50,7 @@ class Trainer:
         self.recorder = StageRecorder(self.stage, device)
         self.recorder.attach()
         self.targets: Any = None
+        self.batch_bytes = 0
         self.losses: list[torch.Tensor] = []
         self.parameters = [p for p in self.stage.submod.parameters() if p.requires_grad]
         self.optimizer = source.make_optimizer(self.parameters) if self.parameters else None
@@ -91,7 +92,7 @@ class Trainer:
         `watch` runs the two parts of the step that it is given, schedule and optimizer.
         """
         self.losses = []
-        inputs, self.targets = _on_device(batch, self.device)
+        inputs, self.targets = self._own_share(batch)
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         dist.barrier()
@@ -116,6 +117,14 @@ class Trainer:
         rate = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
         return StepResult(number, loss, norm, float(rate), samples.step_wall_ms, samples, None)
 
+    def _own_share(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
+        """What of `batch` this stage reads, on its device: inputs on the first, targets on the last."""
+        inputs = _on_device(batch[0], self.device) if self.stage.is_first else None
+        targets = _on_device(batch[1], self.device) if self.stage.is_last else None
+        tensors = [leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, torch.Tensor)]
+        self.batch_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return inputs, targets
+
     def measured_step(
         self, number: int, batch: tuple[Any, Any], after_backward: Callable[[], None] | None
     ) -> StepResult:
@@ -123,7 +132,7 @@ class Trainer:
         peaks: list[int] = []
 
         def watch(work: Callable[[], None]) -> None:
-            resting = resting_bytes(self.stage, self.optimizer)
+            resting = resting_bytes(self.stage, self.optimizer) + self.batch_bytes
             peaks.append(measure_peak_memory(self.device, resting, work))
 
         result = self.step(number, batch, after_backward, watch)
@@ -141,8 +150,9 @@ class Trainer:
         self.optimizer.step()
 
     def _run_schedule(self, inputs: Any) -> None:
-        leaves = [leaf for leaf in tree_leaves(as_call(inputs)) if isinstance(leaf, torch.Tensor)]
-        arguments = leaves if self.stage.is_first else []
+        arguments = []
+        if self.stage.is_first:
+            arguments = [leaf for leaf in tree_leaves(as_call(inputs)) if isinstance(leaf, torch.Tensor)]
         keywords: dict[str, Any] = {}
         if self.stage.is_last:
             keywords = {"target": torch.arange(self.plan.batch_size), "losses": self.losses}

@@ -163,6 +163,7 @@ class Plan:
     tied: tuple[TiedParameter, ...]
     bandwidth_bytes_per_s: float | None
     machine: Machine | None
+    memory_limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.stages) != len(self.cuts) + 1:

@@ -30,12 +30,76 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where something was measured, and with which versions."""
+    """Where something was measured, and with which versions.
+
+    `memory_bytes` is what one device has (null on a CPU, whose memory is shared); `reserved_bytes` of them are not the
+    allocator's to give: the device's context and libraries, and what fragmentation cost while profiling.
+    """
 
     device: str
     device_name: str
     num_devices: int
     versions: dict[str, str]
+    memory_bytes: int | None = None
+    reserved_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMemory:
+    """Bytes of one layer and one microbatch; peaks are above what is alive when the layer begins.
+
+    `saved_bytes` stay alive from its forward to a backward. `backward_first_peak_bytes` is the peak where the layer's
+    gradients are made, `backward_peak_bytes` where they are added to. `trainable_bytes` are the parameters that get a
+    gradient; tied ones are in `SizeProfile.tied`.
+    """
+
+    forward_peak_bytes: int
+    saved_bytes: int
+    backward_peak_bytes: int
+    backward_first_peak_bytes: int
+    trainable_bytes: int
+    buffer_bytes: int
+    optimizer_state_bytes: int
+    optimizer_temporary_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """Bytes of a microbatch that layer `made` makes in forward and that outlive it; indices of layers.
+
+    Freed in the forward or backward of layer `freed`. `last_reader` is the last layer whose forward reads them, -1 for
+    none beyond their own and the number of layers for an output of the model: a stage that ends before it keeps them
+    until its own backward is done.
+    """
+
+    made: int
+    last_reader: int
+    freed_in: Literal["forward", "backward"]
+    freed: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GradientLifetime:
+    """Bytes of a microbatch's gradients of activations, from the backward of layer `made` to that of layer `freed`."""
+
+    made: int
+    freed: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SizeMemory:
+    """What outlives its layer at one microbatch size, the bytes of a microbatch's inputs and of its targets.
+
+    `temporaries_add`: the optimizer's temporaries of several layers exist at once; else one layer's at a time.
+    """
+
+    lifetimes: tuple[Lifetime, ...]
+    gradients: tuple[GradientLifetime, ...]
+    input_bytes: int
+    target_bytes: int
+    temporaries_add: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +109,7 @@ class LayerProfile:
     `forward_ms` and `backward_ms` are medians per microbatch (backward accumulates into existing gradients);
     `backward_first_ms` is the backward of a step's first microbatch; `…_spread_ms` is 1.25 · MAD / √n, the standard
     error of the median. `optimizer_ms` covers the layer's own parameters; tied ones are in `Profile.tied`.
-    The four memory numbers are null until they are measured.
+    `memory` is null where it was not measured.
     """
 
     id: str
@@ -63,19 +127,22 @@ class LayerProfile:
     plain_cut: bool
     flops: int | None = None
     structure: str = ""
-    forward_peak_bytes: int | None = None
-    saved_bytes: int | None = None
+    memory: LayerMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TensorProfile:
-    """A tensor that leaves its layer: indices into the layers, bytes forward, gradient bytes backward."""
+    """A tensor that leaves its layer: indices into the layers, bytes forward, gradient bytes backward.
+
+    One that is not `contiguous` is copied where a cut sends it.
+    """
 
     name: str
     producer: int
     consumers: tuple[int, ...]
     num_bytes: int
     gradient_bytes: int
+    contiguous: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +154,8 @@ class TiedProfile:
     parameter_bytes: int
     optimizer_ms: float
     trainable: bool = True
+    optimizer_state_bytes: int = 0
+    optimizer_temporary_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +168,7 @@ class SizeProfile:
     tensors: tuple[TensorProfile, ...]
     tied: tuple[TiedProfile, ...]
     drift: float
+    memory: SizeMemory | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -34,6 +34,10 @@ class Device(Protocol):
         """How stamps are taken."""
 
     @property
+    def block_bytes(self) -> int:
+        """Allocations are rounded up to multiples of this."""
+
+    @property
     def torch_device(self) -> Any:
         """The `torch.device` on which tensors live."""
 
@@ -49,11 +53,15 @@ class Device(Protocol):
     def peak_memory_bytes(self) -> int | None:
         """The allocator's peak since the last reset; None where the device keeps none."""
 
+    def reserved_bytes(self) -> int:
+        """Memory that is gone before any tensor is made, and what fragmentation has cost so far."""
+
 
 class CpuDevice:
     """The host: stamps are thread CPU time, in nanoseconds."""
 
     clock: Clock = "thread-cpu"
+    block_bytes = 64
 
     @property
     def torch_device(self) -> Any:
@@ -81,11 +89,16 @@ class CpuDevice:
         """A CPU's allocator keeps no peak."""
         return None
 
+    def reserved_bytes(self) -> int:
+        """Nothing: a CPU's memory is given out by the byte."""
+        return 0
+
 
 class CudaDevice:
     """One CUDA device: stamps are events, resolved after one synchronise."""
 
     clock: Clock = "cuda-event"
+    block_bytes = 512
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -123,6 +136,15 @@ class CudaDevice:
 
         return int(torch.cuda.max_memory_allocated(self.index))
 
+    def reserved_bytes(self) -> int:
+        """What the driver counts as used beyond the allocator's segments, and the largest unused share of those."""
+        import torch
+
+        free, total = torch.cuda.mem_get_info(self.index)
+        outside = total - free - torch.cuda.memory_reserved(self.index)
+        unused = torch.cuda.max_memory_reserved(self.index) - torch.cuda.max_memory_allocated(self.index)
+        return int(max(0, outside) + max(0, unused))
+
 
 def choose_device(name: str | None, rank: int = 0) -> Device:
     """The device called `name` ("cpu", "cuda", "cuda:1"), or the best one at hand for None. Raises UsageError."""
@@ -152,7 +174,10 @@ def describe_machine(device: Device) -> Machine:
     if device.clock == "cuda-event":
         properties = torch.cuda.get_device_properties(device.torch_device)
         versions["cuda"] = str(torch.version.cuda)
-        return Machine("cuda", properties.name, torch.cuda.device_count(), versions)
+        reserved = device.reserved_bytes()
+        return Machine(
+            "cuda", properties.name, torch.cuda.device_count(), versions, int(properties.total_memory), reserved
+        )
     return Machine("cpu", _processor_name(), available_cores(), versions)
 
 

@@ -57,7 +57,7 @@ def equal_layers(ids: Sequence[str], num_stages: int) -> Cuts:
 def equal_sums(weights: Sequence[float], num_stages: int) -> Cuts:
     """Contiguous stages whose largest sum is least; among equal ones the leftmost."""
     prefix = np.concatenate([[0.0], np.cumsum(weights)])
-    cuts = least_largest(prefix, prefix, np.triu(np.ones((len(prefix), len(prefix)), np.bool_), 1), num_stages)
+    cuts = least_largest(prefix, prefix, [np.triu(np.ones((len(prefix), len(prefix)), np.bool_), 1)] * num_stages)
     assert cuts is not None, "there are at least as many layers as stages"
     return cuts
 

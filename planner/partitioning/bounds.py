@@ -52,31 +52,36 @@ def _balanced(table: CostTable, num_stages: int) -> Iterator[Cuts]:
     for weight in WEIGHTS:
         up = weight * table.forward_up + (1 - weight) * table.backward_up
         down = weight * table.forward_down + (1 - weight) * table.backward_down
-        cuts = least_largest(up, down, table.segments, num_stages)
+        cuts = least_largest(up, down, table.stages(num_stages))
         if cuts is not None:
             yield cuts
 
 
-def least_largest(up: Array, down: Array, segments: Mask, num_stages: int) -> Cuts | None:
-    """Cuts into `segments` (i, j) that minimise the largest `up[j] − down[i]`; among equals the last is leftmost.
+def least_largest(up: Array, down: Array, stages: Sequence[Mask]) -> Cuts | None:
+    """Cuts into `stages` (masks over i, j) that minimise the largest `up[j] − down[i]`; of equals the leftmost.
 
     None where there are none.
 
     >>> weights = np.array([0., 1, 2, 9])
-    >>> least_largest(weights, weights, np.triu(np.ones((4, 4), bool), 1), 2)
+    >>> least_largest(weights, weights, [np.triu(np.ones((4, 4), bool), 1)] * 2)
     (2,)
     """
-    loads = np.where(segments, up[None, :] - down[:, None], np.inf)
-    value = np.full(len(up), np.inf)
+    loads = up[None, :] - down[:, None]
+    return least_largest_of([np.where(mask, loads, np.inf) for mask in stages])
+
+
+def least_largest_of(loads: Sequence[Array]) -> Cuts | None:
+    """Cuts that minimise the largest of their stages' `loads[k][i, j]`; infinite ones may not be. None without any."""
+    value = np.full(len(loads[0]), np.inf)
     value[0] = -np.inf
     choices = []
-    for _ in range(num_stages):
-        largest = np.maximum(value[:, None], loads)
+    for load in loads:
+        largest = np.maximum(value[:, None], load)
         choices.append(largest.argmin(axis=0))
         value = largest.min(axis=0)
     if not np.isfinite(value[-1]):
         return None
-    cuts, stop = [], len(up) - 1
+    cuts, stop = [], len(value) - 1
     for choice in reversed(choices[1:]):
         stop = int(choice[stop])
         cuts.append(stop)
@@ -157,7 +162,7 @@ class _Relaxation:
 
     def __init__(self, table: CostTable, num_stages: int) -> None:
         chain, m = table.chain, table.num_microbatches
-        self.table, self.num_stages = table, num_stages
+        self.table, self.num_stages, self.stages = table, num_stages, table.stages(num_stages)
         self.per_cut = table.forward_up - table.forward_down + table.backward_up - table.backward_down
         self.head = table.optimizer.copy()
         for tied in chain.tied:
@@ -195,7 +200,10 @@ class _Relaxation:
         forward = _capped(forward, self.forward_weight, limit - fixed)
         backward = _capped(backward, self.backward_weight, limit - fixed)
         nodes = [np.array([0]), *positions, np.array([self.table.num_layers])]
-        fits = [self._fits(a, b, forward[1], backward[1]) for a, b in pairwise(nodes)]
+        fits = [
+            self._fits(mask, a, b, forward[1], backward[1])
+            for mask, (a, b) in zip(self.stages, pairwise(nodes), strict=True)
+        ]
         costs = self._node_costs(nodes)
         ahead, behind = [np.array([fixed])], [np.array([0.0])]
         for cost, fit in zip(costs[1:], fits, strict=True):
@@ -221,10 +229,10 @@ class _Relaxation:
             [least[keep] for least, keep in zip(through, near, strict=True)],
         )
 
-    def _fits(self, starts: Array, ends: Array, forward: float, backward: float) -> Mask:
+    def _fits(self, mask: Mask, starts: Array, ends: Array, forward: float, backward: float) -> Mask:
         """Which stages, by start and end, are legal and have loads of at most `forward` and `backward`."""
         table = self.table
-        fits: Mask = table.segments[np.ix_(starts, ends)]
+        fits: Mask = mask[np.ix_(starts, ends)]
         fits &= table.forward_up[ends] - table.forward_down[starts][:, None] <= forward
         fits &= table.backward_up[ends] - table.backward_down[starts][:, None] <= backward
         return fits

@@ -5,6 +5,7 @@ subject to every boundary has one position          (constraints.every_boundary_
            no stage is empty                        (constraints.no_stage_is_empty)
            the slowest forward, the running maxima of backward, the holders of tied parameters
            with --plain: nothing is relayed         (constraints.nothing_is_relayed)
+           with a limit: every stage's memory fits  (constraints.stages_fit)
 
 The objective is the step itself, so that `optimal` is said of what is reported. Incumbents and bounds (see `bounds`)
 leave each boundary a small window; the ILP closes the rest.
@@ -23,6 +24,7 @@ from planner.partitioning import constraints
 from planner.partitioning.baselines import baselines
 from planner.partitioning.bounds import Remainder, incumbent, remainder
 from planner.partitioning.chain_costs import Chain, CostTable, Cuts, step_ms
+from planner.partitioning.memory_limit import FittingStages, MemoryLimit, refuse_what_does_not_fit
 from planner.partitioning.solving import PROVEN, SCALED_OBJECTIVE, UNPROVEN, dual_bound, node_count, solve
 
 EQUAL = 1e-9
@@ -49,15 +51,18 @@ def solve_chain(
     plain: bool = False,
     time_limit_s: float = 60.0,
     schedule: str = "gpipe",
+    memory: MemoryLimit | None = None,
 ) -> ChainSolution:
     """The cut into `num_stages` non-empty stages with the shortest step of `schedule` ("gpipe" or "1f1b").
 
-    `plain` allows only what stock torch does rightly by `split_spec`. Raises InfeasibleError where there are fewer
-    legal cuts than boundaries.
+    `plain` allows only what stock torch does rightly by `split_spec`; `memory` only stages that fit. Raises
+    InfeasibleError where there are fewer legal cuts than boundaries, or no cut fits.
     """
     started = time.perf_counter()
-    table = CostTable(chain, num_microbatches, plain, schedule)
+    fitting = None if memory is None else FittingStages(chain, num_microbatches, schedule, memory)
+    table = CostTable(chain, num_microbatches, plain, schedule, fitting)
     _refuse_too_many_stages(table, num_stages)
+    refuse_what_does_not_fit(table, num_stages)
     if schedule == "1f1b" and num_stages > 1:
         from planner.partitioning.one_f_one_b import solve_one_f_one_b
 
@@ -109,6 +114,8 @@ def _build(table: CostTable, left: Remainder, plain: bool) -> constraints.Progra
     constraints.no_stage_is_empty(program)
     if plain:
         constraints.nothing_is_relayed(program)
+    if table.fitting is not None:
+        constraints.stages_fit(program, table.fitting.masks(program.num_stages))
     optimizers = constraints.optimizer_takes(program)
     parts = [constraints.forward_takes(program), constraints.backward_takes(program, optimizers)]
     objective = constraints.total([*parts, constraints.tied_sums_take(program)])
@@ -117,11 +124,16 @@ def _build(table: CostTable, left: Remainder, plain: bool) -> constraints.Progra
 
 
 def best_plain_within(
-    chain: Chain, num_stages: int, num_microbatches: int, limit_ms: float, schedule: str = "gpipe"
+    chain: Chain,
+    num_stages: int,
+    num_microbatches: int,
+    limit_ms: float,
+    schedule: str = "gpipe",
+    memory: MemoryLimit | None = None,
 ) -> Cuts | None:
     """A plain chain whose step is not above `limit_ms` (to 1e-9), or None."""
     try:
-        solution = solve_chain(chain, num_stages, num_microbatches, plain=True, schedule=schedule)
+        solution = solve_chain(chain, num_stages, num_microbatches, plain=True, schedule=schedule, memory=memory)
     except InfeasibleError:
         return None
     return solution.cuts if solution.step_ms <= limit_ms * (1 + EQUAL) else None

@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from planner.errors import FileError
+from planner.files.profile_file import LayerMemory, SizeMemory
 from planner.scheduling.closed_forms import gpipe_step_ms
 from planner.scheduling.simulation import StageTimes, simulate
+
+if TYPE_CHECKING:
+    from planner.partitioning.memory_limit import FittingStages
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -31,6 +36,7 @@ class ChainTensor:
     gradient_bytes: int
     transfer_forward_ms: float
     transfer_backward_ms: float
+    contiguous: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,17 @@ class ChainTied:
     parameter_bytes: int
     optimizer_ms: float
     sum_ms: float
+    trainable: bool = True
+    optimizer_state_bytes: int = 0
+    optimizer_temporary_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ChainMemory:
+    """The memory of a chain's layers at its microbatch size, as profiled."""
+
+    layers: tuple[LayerMemory, ...]
+    size: SizeMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +80,16 @@ class Chain:
     plain_cut: tuple[bool, ...]
     tensors: tuple[ChainTensor, ...]
     tied: tuple[ChainTied, ...]
+    memory: ChainMemory | None = None
 
     def __post_init__(self) -> None:
         if not self.ids:
             raise FileError("a chain without layers", "a model has at least one layer", "add layers")
         for field in fields(self):
             values = getattr(self, field.name)
-            if field.name in ("tensors", "tied"):
+            if field.name == "memory":
+                self._check_memory()
+            elif field.name in ("tensors", "tied"):
                 self._check_members(field.name, values)
             elif len(values) != len(self.ids):
                 rule = f"there are {len(self.ids)} layers"
@@ -77,6 +97,17 @@ class Chain:
             elif field.name.endswith(("_ms", "_bytes")):
                 for name, value in zip(self.ids, values, strict=True):
                     _refuse_wrong_cost(f"{field.name} of {name}", value)
+
+    def _check_memory(self) -> None:
+        if self.memory is None:
+            return
+        last, lives = len(self.ids) - 1, self.memory.size.lifetimes
+        indices = [*(i for life in lives for i in (life.made, life.freed)), 0]
+        indices += [i for life in self.memory.size.gradients for i in (life.made, life.freed)]
+        if len(self.memory.layers) != len(self.ids) or not 0 <= min(indices) <= max(indices) <= last:
+            raise FileError(
+                "the memory of layers that are not there", f"layers are 0 to {last}", "profile the model again"
+            )
 
     def _check_members(self, kind: str, members: Sequence[ChainTensor | ChainTied]) -> None:
         for member in members:
@@ -171,8 +202,16 @@ class CostTable:
     begins at layer i ends after `beyond[i]`: with `plain`, nothing may pass over it.
     """
 
-    def __init__(self, chain: Chain, num_microbatches: int, plain: bool = False, schedule: str = "gpipe") -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        num_microbatches: int,
+        plain: bool = False,
+        schedule: str = "gpipe",
+        fitting: FittingStages | None = None,
+    ) -> None:
         self.chain, self.num_microbatches, self.plain, self.schedule = chain, num_microbatches, plain, schedule
+        self.fitting = fitting
         self.num_layers = len(chain.ids)
         across_forward, across_backward = (np.array(ms) for ms in crossing_ms(chain))
         self.forward = _prefix(chain.forward_ms)
@@ -205,6 +244,8 @@ class CostTable:
         """The step of `cuts` under the table's schedule; infinite where the cuts are not allowed."""
         if self.plain and not is_plain(self.chain, cuts):
             return float("inf")
+        if self.fitting is not None and not self.fitting.fits(cuts):
+            return float("inf")
         stages = [self.stage(start, stop) for start, stop in pairwise((0, *cuts, self.num_layers))]
         sums = sum(tied.sum_ms for tied in split_groups(self.chain, cuts))
         return scheduled_ms(stages, self.num_microbatches, self.schedule) + sums
@@ -218,6 +259,12 @@ class CostTable:
         longer: Mask = self.beyond[:, None] < position[None, :]
         legal: Mask = longer & usable[None, :] & usable[:, None]
         return legal
+
+    def stages(self, num_stages: int) -> list[Mask]:
+        """[i, j] by stage: layers i to j may be that stage, and fit into its memory where there is a limit."""
+        if self.fitting is None:
+            return [self.segments] * num_stages
+        return [self.segments & mask for mask in self.fitting.masks(num_stages)]
 
     def most_stages(self) -> int:
         """The largest number of stages that the legal cuts allow: every stage ends as early as it may."""

@@ -6,12 +6,12 @@ continuous. Sums over stages are linear in x through prefix sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pulp
 
-from planner.partitioning.chain_costs import Array, ChainTied, CostTable, Cuts
+from planner.partitioning.chain_costs import Array, ChainTied, CostTable, Cuts, Mask
 
 Terms = dict[pulp.LpVariable, float]
 
@@ -217,6 +217,24 @@ def tied_sums_take(program: Program) -> Linear:
 def _inside(program: Program, k: int, tied: ChainTied) -> Linear:
     first, last = min(tied.layers), max(tied.layers)
     return Linear({v: 1.0 for j, v in program.x[k].items() if first < j <= last})
+
+
+def stages_fit(program: Program, masks: Sequence[Mask]) -> None:
+    """A stage that begins before layer i does not end before a layer j with which it would not fit into memory."""
+    last = len(program.x)
+    for k, mask in enumerate(masks):
+        begins: dict[int, pulp.LpVariable | None] = {0: None} if k == 0 else dict(program.x[k - 1])
+        for i, begin in begins.items():
+            if k == last:
+                excluded, room = Linear({}, 0.0 if mask[i, -1] else 1.0), 1.0
+            else:
+                excluded, room = Linear({v: 1.0 for j, v in program.x[k].items() if i < j and not mask[i, j]}), 1.0
+            if begin is not None:
+                excluded = excluded.with_variable(begin, 1.0)
+            else:
+                room = 0.0
+            if len(excluded.terms) + excluded.constant > (0 if begin is None else 1):
+                program.at_most(excluded, room, f"fits_{k}_{i}")
 
 
 def nothing_is_relayed(program: Program) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import FileError
-from planner.files.profile_file import SizeProfile
-from planner.files.reading import read_json
-from planner.partitioning.chain_costs import Chain, ChainTensor, ChainTied
+from planner.files.profile_file import LayerMemory, SizeMemory, SizeProfile
+from planner.files.reading import decode, read_json
+from planner.partitioning.chain_costs import Chain, ChainMemory, ChainTensor, ChainTied
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -36,10 +37,11 @@ def build_layer_graph(size: SizeProfile, bandwidth_bytes_per_s: float | None = N
     def transfer_ms(num_bytes: int) -> float:
         return 0.0 if bandwidth_bytes_per_s is None else num_bytes / bandwidth_bytes_per_s * 1e3
 
-    graph = nx.DiGraph(tensors=[], tied=[], memory_limit_bytes=None)
+    graph = nx.DiGraph(tensors=[], tied=[], memory_limit_bytes=None, memory=size.memory and asdict(size.memory))
     ids = [layer.id for layer in size.layers]
     for layer in size.layers:
-        graph.add_node(layer.id, **{field: getattr(layer, field) for field in NODE_FIELDS})
+        memory = layer.memory and asdict(layer.memory)
+        graph.add_node(layer.id, **{field: getattr(layer, field) for field in NODE_FIELDS}, memory=memory)
     for tensor in size.tensors:
         graph.add_edges_from((ids[tensor.producer], ids[consumer]) for consumer in tensor.consumers)
         graph.graph["tensors"].append(
@@ -48,6 +50,7 @@ def build_layer_graph(size: SizeProfile, bandwidth_bytes_per_s: float | None = N
                 "nodes": [ids[tensor.producer], *(ids[consumer] for consumer in tensor.consumers)],
                 "bytes": tensor.num_bytes,
                 "gradient_bytes": tensor.gradient_bytes,
+                "contiguous": tensor.contiguous,
                 "transfer_forward_ms": transfer_ms(tensor.num_bytes),
                 "transfer_backward_ms": transfer_ms(tensor.gradient_bytes),
             }
@@ -60,6 +63,9 @@ def build_layer_graph(size: SizeProfile, bandwidth_bytes_per_s: float | None = N
                 "parameter_bytes": tied.parameter_bytes,
                 "optimizer_ms": tied.optimizer_ms,
                 "sum_ms": 2 * transfer_ms(tied.parameter_bytes) if tied.trainable else 0.0,
+                "trainable": tied.trainable,
+                "optimizer_state_bytes": tied.optimizer_state_bytes,
+                "optimizer_temporary_bytes": tied.optimizer_temporary_bytes,
             }
         )
     return graph
@@ -92,7 +98,24 @@ def chain_of(graph: nx.DiGraph) -> Chain:
         plain_cut=tuple(bool(node.get("plain_cut", False)) for node in nodes),
         tensors=tuple(_chain_tensor(tensor, order) for tensor in graph.graph.get("tensors", ())),
         tied=tuple(_chain_tied(tied, order) for tied in graph.graph.get("tied", ())),
+        memory=_chain_memory(graph),
     )
+
+
+def _chain_memory(graph: nx.DiGraph) -> ChainMemory | None:
+    """The memory of the layers, where every one of them has it."""
+    size, layers = graph.graph.get("memory"), [node.get("memory") for node in graph.nodes.values()]
+    if size is None or None in layers:
+        return None
+    return ChainMemory(
+        layers=tuple(decode(LayerMemory, _as_json(layer), "memory of a node") for layer in layers),
+        size=decode(SizeMemory, _as_json(size), "memory of the graph"),
+    )
+
+
+def _as_json(value: Any) -> Any:
+    """`value` with lists for tuples, as a file would hold it."""
+    return json.loads(json.dumps(value))
 
 
 def _chain_tensor(tensor: dict[str, Any], order: dict[Any, int]) -> ChainTensor:
@@ -111,6 +134,7 @@ def _chain_tensor(tensor: dict[str, Any], order: dict[Any, int]) -> ChainTensor:
         gradient_bytes=int(tensor.get("gradient_bytes", num_bytes)),
         transfer_forward_ms=float(tensor.get("transfer_forward_ms", half)),
         transfer_backward_ms=float(tensor.get("transfer_backward_ms", half)),
+        contiguous=bool(tensor.get("contiguous", True)),
     )
 
 
@@ -122,6 +146,9 @@ def _chain_tied(tied: dict[str, Any], order: dict[Any, int]) -> ChainTied:
         parameter_bytes=int(tied.get("parameter_bytes") or 0),
         optimizer_ms=float(tied.get("optimizer_ms") or 0.0),
         sum_ms=float(tied.get("sum_ms") or 0.0),
+        trainable=bool(tied.get("trainable", True)),
+        optimizer_state_bytes=int(tied.get("optimizer_state_bytes") or 0),
+        optimizer_temporary_bytes=int(tied.get("optimizer_temporary_bytes") or 0),
     )
 
 

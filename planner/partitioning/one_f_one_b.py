@@ -96,6 +96,8 @@ def _build(table: CostTable, num_stages: int, best: Cuts) -> Program:
     constraints.no_stage_is_empty(program)
     if table.plain:
         constraints.nothing_is_relayed(program)
+    if table.fitting is not None:
+        constraints.stages_fit(program, table.fitting.masks(num_stages))
     ends = program.continuous("step")
     for name, row in _rows(program):
         program.at_least(ends, row, name)
@@ -138,12 +140,13 @@ def _windows(table: CostTable, num_stages: int, best_step_ms: float) -> list[lis
     busy = m * (table.forward_up[None, :] - table.forward_down[:, None])
     busy = busy + (m - 1) * (table.backward_up[None, :] - table.backward_down[:, None])
     busy = busy + (smaller + across)[None, :] - (smaller - across)[:, None]
-    fits = table.segments & (busy + (table.forward + smaller)[:, None] <= best_step_ms * (1 + EQUAL))
+    quick = busy + (table.forward + smaller)[:, None] <= best_step_ms * (1 + EQUAL)
+    fits = [mask & quick for mask in table.stages(num_stages)]
     position = np.arange(end + 1)
     ahead, behind = [position == 0], [position == end]
-    for _ in range(num_stages - 1):
-        ahead.append((ahead[-1][:, None] & fits).any(axis=0))
-        behind.append((fits & behind[-1][None, :]).any(axis=1))
+    for k in range(num_stages - 1):
+        ahead.append((ahead[-1][:, None] & fits[k]).any(axis=0))
+        behind.append((fits[num_stages - 1 - k] & behind[-1][None, :]).any(axis=1))
     boundaries = range(num_stages - 1)
     return [np.nonzero(ahead[k + 1] & behind[num_stages - 1 - k] & table.allowed)[0].tolist() for k in boundaries]
 

@@ -16,8 +16,9 @@ from planner.machine.workers import as_worker
 if TYPE_CHECKING:
     import torch
 
-    from planner.files.profile_file import LayerProfile, SizeProfile, TiedProfile
+    from planner.files.profile_file import LayerMemory, LayerProfile, SizeProfile, TiedProfile
     from planner.machine.device import Device
+    from planner.profiling.optimizer_memory import OptimizerMemory
     from planner.profiling.profiler import ProfileRequest
     from planner.profiling.timing import LayerSamples, Microbatch
     from planner.tracing.exporting import Trace
@@ -96,7 +97,9 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
     import torch.distributed as dist
 
     from planner.errors import ProfileError, user_frames
-    from planner.files.profile_file import SizeProfile
+    from planner.files.profile_file import SizeMemory, SizeProfile
+    from planner.profiling.memory import layer_memory, track_step
+    from planner.profiling.optimizer_memory import track_optimizer
     from planner.profiling.timing import time_layers, time_optimizer
     from planner.tracing.exporting import trace_model
     from planner.tracing.loading import as_call, build, make_batch, rows
@@ -119,15 +122,25 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
         ) from error
     groups, tied = _optimizer_groups(trace, pieces)
     optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
+    step = track_step(pieces, microbatches, source.loss_fn, device)
+    optimizer, temporaries_add = track_optimizer(groups, source.make_optimizer, device.block_bytes)
     dist.barrier()
-    layers = _layer_profiles(trace, pieces, samples, optimizer_ms[: len(trace.layers)])
+    count = len(trace.layers)
+    memory = layer_memory(pieces, step, optimizer[:count], tied)
     return trace, SizeProfile(
         microbatch_size=size,
         fingerprint=trace.fingerprint,
-        layers=layers,
+        layers=_layer_profiles(trace, pieces, samples, optimizer_ms[:count], memory),
         tensors=_tensor_profiles(trace),
-        tied=_tied_profiles(trace, tied, groups[len(trace.layers) :], optimizer_ms[len(trace.layers) :]),
+        tied=_tied_profiles(trace, tied, groups[count:], optimizer_ms[count:], optimizer[count:]),
         drift=_drift(samples),
+        memory=SizeMemory(
+            lifetimes=step.lifetimes,
+            gradients=step.gradients,
+            input_bytes=_tensor_bytes(microbatches[0].inputs),
+            target_bytes=_tensor_bytes(microbatches[0].targets),
+            temporaries_add=temporaries_add,
+        ),
     )
 
 
@@ -185,14 +198,19 @@ def _optimizer_groups(trace: Trace, pieces: Pieces) -> tuple[list[list[torch.nn.
 
 
 def _layer_profiles(
-    trace: Trace, pieces: Pieces, samples: tuple[LayerSamples, ...], optimizer_ms: list[float]
+    trace: Trace,
+    pieces: Pieces,
+    samples: tuple[LayerSamples, ...],
+    optimizer_ms: list[float],
+    memory: tuple[LayerMemory, ...],
 ) -> tuple[LayerProfile, ...]:
     from planner.files.profile_file import LayerProfile
     from planner.profiling.timing import summarise
 
     tied = trace.tied
     layers = []
-    for layer, piece, sample, step in zip(trace.layers, pieces.pieces, samples, optimizer_ms, strict=True):
+    rows = zip(trace.layers, pieces.pieces, samples, optimizer_ms, memory, strict=True)
+    for layer, piece, sample, step, sizes in rows:
         forward, forward_spread = summarise(sample.forward_ms)
         backward, backward_spread = summarise(sample.backward_ms)
         own = dict(piece.module.named_parameters())
@@ -213,6 +231,7 @@ def _layer_profiles(
                 parameters=layer.parameters,
                 plain_cut=layer.plain_cut,
                 structure=piece.structure,
+                memory=sizes,
             )
         )
     return tuple(layers)
@@ -221,21 +240,37 @@ def _layer_profiles(
 def _tensor_profiles(trace: Trace) -> Any:
     from planner.files.profile_file import TensorProfile
 
-    return tuple(TensorProfile(t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes) for t in trace.tensors)
+    return tuple(
+        TensorProfile(t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes, t.contiguous)
+        for t in trace.tensors
+    )
 
 
 def _tied_profiles(
-    trace: Trace, names: list[str], groups: list[list[torch.nn.Parameter]], optimizer_ms: list[float]
+    trace: Trace,
+    names: list[str],
+    groups: list[list[torch.nn.Parameter]],
+    optimizer_ms: list[float],
+    memory: list[OptimizerMemory],
 ) -> tuple[TiedProfile, ...]:
     from planner.files.profile_file import TiedProfile
     from planner.tracing.gradients import attribute
 
     found = []
-    for name, group, step in zip(names, groups, optimizer_ms, strict=True):
+    for name, group, step, own in zip(names, groups, optimizer_ms, memory, strict=True):
         parameter = attribute(trace.graph_module, name)
         size = parameter.numel() * parameter.element_size()
-        found.append(TiedProfile(name, trace.tied[name], size, step, bool(group)))
+        layers = trace.tied[name]
+        found.append(TiedProfile(name, layers, size, step, bool(group), own.state_bytes, own.temporary_bytes))
     return tuple(found)
+
+
+def _tensor_bytes(tree: Any) -> int:
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _drift(samples: tuple[LayerSamples, ...]) -> float:

@@ -122,7 +122,7 @@ def _stage_table(plan: Plan, width: int) -> list[str]:
     bar_width = max(MIN_BAR_WIDTH, min(BAR_WIDTH, width - 68 - longest))
     forward = format_column([s.forward_ms for s in stages] + [s.forward_spread_ms for s in stages])
     backward = format_column([s.backward_ms for s in stages] + [s.backward_spread_ms for s in stages])
-    peaks = [None if s.peak_memory_bytes is None else s.peak_memory_bytes / 2**30 for s in stages]
+    heading, memory = _memory_column(plan)
     columns = [
         TableColumn("stage", [str(stage.index) for stage in stages], left=True),
         TableColumn("begins at", begins, left=True, name=True),
@@ -131,10 +131,19 @@ def _stage_table(plan: Plan, width: int) -> list[str]:
         *([TableColumn("±", forward[len(stages) :], dropped=3)] if spreads else []),
         TableColumn("backward ms", backward[: len(stages)]),
         *([TableColumn("±", backward[len(stages) :], dropped=3)] if spreads else []),
-        TableColumn("memory GiB", [DASH if peak is None else f"{peak:.1f}" for peak in peaks]),
+        TableColumn(heading, memory),
         TableColumn("load", [format_bar(stage.load_ms / largest, bar_width) for stage in stages], left=True, dropped=2),
     ]
     return table_lines(columns, width)
+
+
+def _memory_column(plan: Plan) -> tuple[str, list[str]]:
+    """Peak memory in a unit in which it can be read, against the limit where there is one."""
+    peaks, limit = [stage.peak_memory_bytes for stage in plan.stages], plan.memory_limit_bytes
+    largest = max((peak for peak in peaks if peak is not None), default=0)
+    unit, size = ("GiB", 2**30) if max(largest, limit or 0) >= 2**30 or not largest else ("MiB", 2**20)
+    of = "" if limit is None else f" / {limit / size:.3g}"
+    return f"memory {unit}", [DASH if peak is None else f"{peak / size:.1f}{of}" for peak in peaks]
 
 
 def _begin(plan: Plan, stage: Stage) -> str:

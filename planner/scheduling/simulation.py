@@ -64,7 +64,7 @@ def simulate(stages: Sequence[StageTimes], num_microbatches: int, schedule: str 
     >>> simulate([StageTimes(1, 2, 2, 0)] * 2, 3).step_ms
     12.0
     """
-    orders = [_order(schedule, stage, len(stages), num_microbatches) for stage in range(len(stages))]
+    orders = [task_order(schedule, stage, len(stages), num_microbatches) for stage in range(len(stages))]
     ends: dict[tuple[str, int, int], float] = {}
     free = [0.0] * len(stages)
     tasks: list[Task] = []
@@ -85,7 +85,7 @@ def simulate(stages: Sequence[StageTimes], num_microbatches: int, schedule: str 
     return _summary(tasks, len(stages))
 
 
-def _order(schedule: str, stage: int, num_stages: int, num_microbatches: int) -> list[tuple[Kind, int]]:
+def task_order(schedule: str, stage: int, num_stages: int, num_microbatches: int) -> list[tuple[Kind, int]]:
     """The tasks of one rank in the order in which it runs them."""
     everything = range(num_microbatches)
     if schedule == "gpipe":

@@ -42,6 +42,7 @@ class TracedTensor:
     consumers: tuple[int, ...]
     num_bytes: int
     gradient_bytes: int
+    contiguous: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +296,9 @@ def _tensors(gm: fx.GraphModule, values: list[_Value], layers: tuple[TracedLayer
             num_bytes = example.numel() * example.element_size()
             carries = example.is_floating_point() and value.node in graded
             gradient_bytes = num_bytes if carries else 0
-            found.append(TracedTensor(value.node.name, producer, tuple(sorted(consumers)), num_bytes, gradient_bytes))
+            readers = tuple(sorted(consumers))
+            flat = example.is_contiguous()
+            found.append(TracedTensor(value.node.name, producer, readers, num_bytes, gradient_bytes, flat))
     return tuple(found)
 
 

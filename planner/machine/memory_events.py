@@ -1,0 +1,80 @@
+"""What the CPU's allocator did while something ran: the memory events of torch's profiler, in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def memory_events(work: Callable[[], None]) -> list[dict[str, Any]]:
+    """The events of torch's profiler while `work` runs, by time: allocations (`[memory]`) and named ranges."""
+    import torch
+
+    with silent_descriptors():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            work()
+        with tempfile.TemporaryDirectory(prefix="evenstage-memory-") as folder:
+            file = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(file))
+            events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    return sorted((event for event in events if "ts" in event), key=lambda event: float(event["ts"]))
+
+
+def peak_of_events(events: list[dict[str, Any]]) -> int:
+    """The largest running sum of the `[memory]` events of `memory_events`.
+
+    >>> peak_of_events([{"name": "[memory]", "ts": t, "args": {"Bytes": b}} for t, b in [(1, 8), (2, -8), (3, 4)]])
+    8
+    """
+    live = peak = 0
+    for event in events:
+        if event.get("name") == "[memory]":
+            live += int(event["args"]["Bytes"])
+            peak = max(peak, live)
+    return peak
+
+
+def rising_by_mark(events: list[dict[str, Any]], prefix: str) -> dict[str, int]:
+    """By the rest of the name of each range that begins with `prefix`: how far bytes rose until the next such range.
+
+    >>> memory = lambda t, b: {"name": "[memory]", "ts": t, "args": {"Bytes": b}}
+    >>> mark = lambda t, name: {"name": name, "ts": t}
+    >>> rising_by_mark([mark(1, "at 0"), memory(2, 8), memory(3, -6), mark(4, "at 1"), memory(5, 3)], "at ")
+    {'0': 8, '1': 3}
+    """
+    rising: dict[str, int] = {}
+    live = start = 0
+    name = None
+    for event in events:
+        if event.get("name") == "[memory]":
+            live += int(event["args"]["Bytes"])
+            if name is not None:
+                rising[name] = max(rising[name], live - start)
+        elif str(event.get("name", "")).startswith(prefix):
+            name, start = str(event["name"]).removeprefix(prefix), live
+            rising.setdefault(name, 0)
+    return rising
+
+
+@contextlib.contextmanager
+def silent_descriptors() -> Iterator[None]:
+    """Torch's profiler writes lines of its own to the process's output; they go nowhere."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for descriptor in (*kept, nowhere):
+            os.close(descriptor)

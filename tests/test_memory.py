@@ -1,0 +1,113 @@
+"""Memory as profiled: lifetimes and peaks of a model whose bytes are known by hand; prediction against a real run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from planner.files.profile_file import GradientLifetime, Lifetime
+from planner.machine.device import CpuDevice
+from planner.profiling.memory import track_step
+from planner.profiling.optimizer_memory import track_optimizer
+from planner.profiling.timing import Microbatch
+from planner.tracing.exporting import trace_model
+from planner.tracing.pieces import build_pieces
+from tests.running import ROOT, command
+
+WIDE, NARROW, ROWS = 512, 256, 16
+ACTIVATION, OUTPUT = ROWS * WIDE * 4, ROWS * NARROW * 4
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.first(x)))
+
+
+def test_lifetimes_and_peaks_of_layers_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(NARROW, WIDE), nn.ReLU(), nn.Linear(WIDE, NARROW))
+    microbatch = Microbatch((torch.ones(ROWS, NARROW),), torch.zeros(ROWS, NARROW))
+    pieces = build_pieces(trace_model(model, microbatch.inputs, {}))
+    step = track_step(pieces, [microbatch], lambda output, target: ((output - target) ** 2).mean(), CpuDevice())
+    assert Lifetime(0, 1, "forward", 1, ACTIVATION) in step.lifetimes  # relu saves its result, not what it gets
+    assert Lifetime(1, 2, "backward", 1, ACTIVATION) in step.lifetimes
+    assert Lifetime(2, 3, "forward", 2, OUTPUT) in step.lifetimes  # the model's output, which a stage keeps
+    assert step.forward_peak_bytes[0] == ACTIVATION
+    assert GradientLifetime(2, 1, ACTIVATION) in step.gradients
+    weight = WIDE * NARROW * 4
+    assert step.backward_first_peak_bytes[0] >= weight and step.backward_peak_bytes[0] >= weight
+
+
+def test_a_tied_gradient_does_not_wait_for_the_other_layer() -> None:
+    microbatch = Microbatch((torch.ones(ROWS, 64),), torch.zeros(ROWS, 64))
+    model = Tied()
+    pieces = build_pieces(trace_model(model, microbatch.inputs, {}))
+    step = track_step(pieces, [microbatch], lambda output, target: ((output - target) ** 2).mean(), CpuDevice())
+    weight = 64 * 64 * 4
+    assert not any(life.num_bytes >= weight for life in step.gradients)
+    assert model.first.weight is model.last.weight and model.first.weight.grad is None
+    assert dict(pieces.pieces[0].module.named_parameters())["first.weight"] is model.first.weight
+
+
+def test_optimizer_states_and_temporaries() -> None:
+    layers = [nn.Linear(256, 256, bias=False), nn.Linear(256, 128, bias=False)]
+    groups = [[layer.weight] for layer in layers]
+    before = [layer.weight.detach().clone() for layer in layers]
+    memory, add = track_optimizer(groups, lambda p: torch.optim.AdamW(p), 1)
+    large, small = 256 * 256 * 4, 256 * 128 * 4
+    assert [m.state_bytes - 4 for m in memory] == [2 * large, 2 * small]
+    assert memory[0].temporary_bytes >= large and not add
+    plain, _ = track_optimizer(groups, lambda p: torch.optim.SGD(p, lr=0.1), 1)
+    assert plain[0].state_bytes == 0
+    assert all(torch.equal(layer.weight, kept) for layer, kept in zip(layers, before, strict=True))
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    model = ROOT / "tests" / "models" / "convolutional.py"
+    result = command(
+        "--gpus", 3, model, "--microbatches", 4, "-o", "m.plan.json", cwd=folder, module="planner", timeout=400
+    )
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_a_real_run_needs_what_was_predicted(planned: Path) -> None:
+    result = command("m.plan.json", "--steps", 3, "--run-dir", "run", cwd=planned, timeout=400)
+    assert result.returncode == 0, result.stderr
+    for stage in json.loads((planned / "run" / "measurement.json").read_text())["stages"]:
+        predicted, measured = (stage[kind]["peak_memory_bytes"] for kind in ("predicted", "measured"))
+        assert 0.99 * measured <= predicted <= 1.1 * measured, stage["index"]
+
+
+def test_a_limit_is_honoured_and_what_cannot_be_is_explained(planned: Path) -> None:
+    plan = json.loads((planned / "m.plan.json").read_text())
+    peaks = [stage["peak_memory_bytes"] for stage in plan["stages"]]
+    for stage in plan["stages"]:
+        assert sum(stage["memory"].values()) == stage["peak_memory_bytes"]
+    result = _replan(planned, max(peaks) - 1)
+    if result.returncode == 0:
+        tighter = json.loads((planned / "n.plan.json").read_text())
+        assert max(stage["peak_memory_bytes"] for stage in tighter["stages"]) < max(peaks)
+        assert tighter["step_ms"] >= plan["step_ms"]
+    impossible = _replan(planned, 1000)
+    assert impossible.returncode == 5
+    assert "bytes over it, in stage" in impossible.stderr
+    needed = int(impossible.stderr.partition("--memory ")[2].partition("B")[0])
+    assert _replan(planned, needed).returncode == 0
+    assert _replan(planned, needed - 1).returncode == 5
+
+
+def _replan(folder: Path, limit_bytes: int) -> subprocess.CompletedProcess[str]:
+    flags = ["--gpus", 3, "--profile", "m.profile.json", "--memory", f"{limit_bytes}B", "-o", "n.plan.json"]
+    return command(*flags, cwd=folder, module="planner", timeout=300)

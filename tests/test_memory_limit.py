@@ -1,0 +1,132 @@
+"""Memory in the plan: masks, solver and the nearest limit that works, held to brute force over every cut."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from planner.partitioning.chain import solve_chain
+from planner.partitioning.chain_costs import Chain, CostTable, Cuts, step_ms
+from planner.partitioning.memory_limit import FittingStages, MemoryLimit, TooLittleMemoryError, tightest
+from planner.partitioning.stage_memory import StageMemoryTable
+from planner.scheduling.memory_timeline import StageBytes, memory_timeline, peak_memory
+from tests.random_memory import random_memory
+from tests.test_chain import all_cuts, random_chain
+
+
+def chains(seed: int, count: int) -> Iterator[tuple[Chain, int, int, str]]:
+    source = random.Random(seed)
+    for _ in range(count):
+        num_layers = source.randint(2, 8)
+        chain = random_chain(source, num_layers)
+        chain = replace(chain, memory=random_memory(source, num_layers))
+        num_stages, schedule = source.randint(2, min(4, num_layers)), source.choice(["gpipe", "1f1b"])
+        yield chain, num_stages, source.choice([4, 6, 9]), schedule
+
+
+def largest_peaks(chain: Chain, num_stages: int, num_microbatches: int, schedule: str) -> dict[Cuts, int]:
+    table = StageMemoryTable(chain, num_microbatches, schedule)
+    return {cuts: max(p.peak_bytes for p in table.peaks(cuts)) for cuts in all_cuts(chain, num_stages)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_solver_finds_the_best_cut_that_fits_or_says_what_would(seed: int) -> None:
+    source, refused = random.Random(seed), 0
+    for chain, num_stages, m, schedule in chains(seed, 25):
+        peaks = largest_peaks(chain, num_stages, m, schedule)
+        limit = source.randint(min(peaks.values()) - 20, max(peaks.values()))
+        fitting = [cuts for cuts, peak in peaks.items() if peak <= limit]
+        if not fitting:
+            with pytest.raises(TooLittleMemoryError) as error:
+                solve_chain(chain, num_stages, m, schedule=schedule, memory=MemoryLimit(limit))
+            assert error.value.tightest.peak_bytes == min(peaks.values())
+            assert f"{min(peaks.values()) - limit} bytes over" in str(error.value)
+            refused += 1
+            continue
+        found = solve_chain(chain, num_stages, m, schedule=schedule, memory=MemoryLimit(limit))
+        best = min(step_ms(chain, cuts, m, schedule) for cuts in fitting)
+        assert found.cuts in fitting
+        assert found.step_ms == pytest.approx(best, rel=1e-7)
+        assert found.status == "optimal" and found.lower_bound_ms <= best * (1 + 1e-9)
+    assert refused > 0
+
+
+def test_masks_are_exact() -> None:
+    source = random.Random(7)
+    for chain, num_stages, m, schedule in chains(7, 30):
+        table = StageMemoryTable(chain, m, schedule)
+        count = len(chain.ids)
+        limit = source.randint(100, 3000)
+        masks = FittingStages(chain, m, schedule, MemoryLimit(limit)).masks(num_stages)
+        for index, mask in enumerate(masks):
+            for start in range(count):
+                if schedule == "gpipe" and (start == 0) != (index == 0):
+                    continue
+                for stop in range(start + 1, count + 1):
+                    peak = table.peak(start, stop, index, num_stages).peak_bytes
+                    assert mask[start, stop] == (peak <= limit), (start, stop, index)
+
+
+def test_reserved_bytes_are_taken_off_the_limit() -> None:
+    chain, num_stages, m, schedule = next(chains(3, 1))
+    need = tightest(_table(chain, m, schedule, MemoryLimit(0)), num_stages).peak_bytes
+    solve_chain(chain, num_stages, m, schedule=schedule, memory=MemoryLimit(need))
+    with pytest.raises(TooLittleMemoryError, match="1 bytes over"):
+        solve_chain(chain, num_stages, m, schedule=schedule, memory=MemoryLimit(need, 1))
+
+
+def _table(chain: Chain, m: int, schedule: str, limit: MemoryLimit) -> CostTable:
+    return CostTable(chain, m, False, schedule, FittingStages(chain, m, schedule, limit))
+
+
+def test_1f1b_needs_no_more_than_gpipe_where_nothing_lingers() -> None:
+    for chain, num_stages, m, _ in chains(11, 15):
+        gpipe, other = StageMemoryTable(chain, m, "gpipe"), StageMemoryTable(chain, m, "1f1b")
+        for cuts in all_cuts(chain, num_stages):
+            for index, (a, b) in enumerate(zip(gpipe.peaks(cuts), other.peaks(cuts), strict=True)):
+                assert index == num_stages - 1 or b.peak_bytes <= a.peak_bytes
+
+
+def test_a_timeline_by_hand() -> None:
+    stage = StageBytes(
+        parameter_bytes=100,
+        gradient_bytes=80,
+        optimizer_bytes=160,
+        optimizer_temporary_bytes=40,
+        boundary_bytes=12,
+        saved_bytes=10,
+        output_bytes=0,
+        forward_rise_bytes=15,
+        backward_first_rise_bytes=90,
+        backward_rise_bytes=25,
+        sent_gradient_bytes=1,
+    )
+    points = memory_timeline(stage, 0, 2, 3)
+    assert [(p.kind, p.peak_bytes) for p in points] == [
+        ("forward", 272 + 15),
+        ("forward", 272 + 10 + 15),
+        ("forward", 272 + 20 + 15),
+        ("backward", 272 + 20 + 90),
+        ("backward", 272 + 80 + 10 + 1 + 25),
+        ("backward", 272 + 80 + 2 + 25),
+        ("optimizer", 272 + 80 + 40),
+    ]
+    assert peak_memory(stage, 0, 2, 3).kind == "optimizer"
+    kinds = [(p.kind, p.microbatch) for p in memory_timeline(stage, 1, 2, 3, "1f1b")]
+    assert kinds[:3] == [("forward", 0), ("backward", 0), ("forward", 1)]
+
+
+def test_parts_add_up_to_the_peak() -> None:
+    for chain, num_stages, m, schedule in chains(5, 20):
+        for cuts in all_cuts(chain, num_stages)[:3]:
+            for (start, stop), point in zip(
+                pairwise((0, *cuts, len(chain.ids))), StageMemoryTable(chain, m, schedule).peaks(cuts), strict=True
+            ):
+                memory = point.memory
+                parts = (memory.parameters, memory.gradients, memory.optimizer, memory.saved, memory.working)
+                assert all(part >= 0 for part in parts) and sum(parts) == point.peak_bytes
+                assert memory.parameters >= sum(chain.parameter_bytes[start:stop])
