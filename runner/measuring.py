@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 
 from planner.machine.device import Device
+
+PROFILERS_LINE = re.compile(rb"ActivityProfilerHandler\.cpp|Memory block of unknown size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +44,16 @@ class _Event:
 
 @dataclass(slots=True)
 class StageRecorder:
-    """Wraps the methods of torch's stage that compute, without changing torch; the loss counts as forward."""
+    """Wraps the methods of torch's stage that compute, without changing torch; the loss counts as forward.
+
+    While `spans` is true, what is recorded is also named for torch's profiler: `stage 1 forward mb 0`.
+    """
 
     stage: Any
     device: Device
     events: list[_Event] = field(default_factory=list)
     current: int = 0
+    spans: bool = False
 
     def attach(self) -> None:
         """Start recording on this stage."""
@@ -56,13 +63,25 @@ class StageRecorder:
     def _timed(self, kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def timed(microbatch: int, *args: Any, **kwargs: Any) -> Any:
             self.current = microbatch
-            return self._record(kind, microbatch, lambda: method(microbatch, *args, **kwargs))
+            with self.span(f"{kind} mb {microbatch}"):
+                return self._record(kind, microbatch, lambda: method(microbatch, *args, **kwargs))
 
         return timed
 
     def timed_loss(self, loss_fn: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
         """`loss_fn`, with its time added to the forward of the microbatch that was computed last."""
-        return lambda output, target: self._record("forward", self.current, lambda: loss_fn(output, target))
+
+        def timed(output: Any, target: Any) -> Any:
+            with self.span(f"loss mb {self.current}"):
+                return self._record("forward", self.current, lambda: loss_fn(output, target))
+
+        return timed
+
+    def span(self, what: str) -> contextlib.AbstractContextManager[Any]:
+        """A range of the profiler's trace that says what this stage does; nothing while nobody profiles."""
+        if not self.spans:
+            return contextlib.nullcontext()
+        return torch.profiler.record_function(f"stage {self.stage.stage_index} {what}")
 
     def _record(self, kind: str, microbatch: int, work: Callable[[], Any]) -> Any:
         wall, start = time.perf_counter(), self.device.stamp()
@@ -99,7 +118,7 @@ def measure_peak_memory(device: Device, resting_bytes: int, work: Callable[[], N
         device.reset_peak_memory()
         work()
         return int(device.peak_memory_bytes() or 0)
-    with _silent_descriptors():
+    with without_profilers_lines():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             work()
         with tempfile.TemporaryDirectory(prefix="evenstage-memory-") as folder:
@@ -110,21 +129,20 @@ def measure_peak_memory(device: Device, resting_bytes: int, work: Callable[[], N
 
 
 @contextlib.contextmanager
-def _silent_descriptors() -> Iterator[None]:
-    """Torch's profiler writes lines of its own to the process's output; they go nowhere."""
-    sys.stdout.flush()
+def without_profilers_lines() -> Iterator[None]:
+    """Drop the lines that torch's profiler writes to the process's stderr. All others come through, at the end."""
     sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for descriptor in (*kept, nowhere):
-            os.close(descriptor)
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if not PROFILERS_LINE.search(line)))
 
 
 def peak_of_events(events: list[dict[str, Any]]) -> int:
