@@ -131,13 +131,14 @@ class Trainer:
         return replace(result, samples=None, peak_memory_bytes=max(peaks))
 
     def _sum_tied_gradients(self) -> None:
-        if self.ties is not None:
-            self.ties.restore()
-        if self.built.tied:
-            with self.recorder.span("tied gradients"):
-                sum_tied_gradients(self.built.tied, self.stage)
-        if self.ties is not None:
-            self.ties.replace()
+        if not self.built.tied:
+            return
+        with self.recorder.span("tied gradients"):
+            if self.ties is not None:
+                self.ties.restore()
+            sum_tied_gradients(self.built.tied, self.stage)
+            if self.ties is not None:
+                self.ties.replace()
 
     def _optimizer_step(self) -> None:
         assert self.optimizer is not None
