@@ -97,11 +97,11 @@ def describe(directory: Path, name: str, num_steps: int) -> str:
 
     >>> print(describe(Path("tb"), "demo", 20))
     profiled steps 17 to 19 after warming up in step 16, and took no times from them; to look at it:
-      tensorboard --logdir tb    (tab PyTorch Profiler, runs demo/profiled and demo/timeline)
+      tensorboard --logdir tb    (tab PYTORCH_PROFILER, runs demo/profiled and demo/timeline)
     """
     steps = profiled_steps(num_steps)
     return (
         f"profiled steps {steps[NUM_WARM_UP]} to {steps[-1]} after warming up in step {steps[0]}, and took no times"
-        f" from them; to look at it:\n  tensorboard --logdir {directory}    (tab PyTorch Profiler,"
+        f" from them; to look at it:\n  tensorboard --logdir {directory}    (tab PYTORCH_PROFILER,"
         f" runs {name}/profiled and {name}/timeline)"
     )
