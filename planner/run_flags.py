@@ -34,13 +34,19 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--against", choices=sorted(AGAINST), help="alternate steps with another cut and print the measured speed-up"
     )
+    group.add_argument(
+        "--tensorboard",
+        metavar="DIR",
+        help="profile the last 4 steps on every rank (no times are taken from them) and write the traces, and the"
+        " predicted and measured step, for TensorBoard's profiler plugin",
+    )
     group.add_argument("--run-dir", metavar="DIR", help="where the report goes (default runs/NAME-TIME)")
 
 
 def run_arguments(flags: argparse.Namespace) -> list[str]:
     """The flags of `add_run_flags` that were given, as a command line."""
     arguments: list[str] = []
-    for name in ("steps", "tolerance", "export_weights", "against", "run_dir"):
+    for name in ("steps", "tolerance", "export_weights", "against", "tensorboard", "run_dir"):
         value = getattr(flags, name)
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]

@@ -43,9 +43,11 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
 def refuse_impossible(options: RunOptions, num_stages: int) -> None:
     """Raise UsageError for a run that cannot start on this machine."""
     from planner.profiling.profiler import device_kind
+    from runner.tensorboard_run import refuse_unusable
 
     if options.steps == 0:
         raise UsageError("--steps 0", "a run trains and measures at least one step", "give --steps 1 or more")
+    refuse_unusable(options)
     if device_kind(options.device) == "cuda":
         import torch
 

@@ -36,12 +36,16 @@ class _Event:
 
 @dataclass(slots=True)
 class StageRecorder:
-    """Wraps the methods of torch's stage that compute, without changing torch; the loss counts as forward."""
+    """Wraps the methods of torch's stage that compute, without changing torch; the loss counts as forward.
+
+    While `spans` is true, what is recorded is also named for torch's profiler: `stage 1 forward mb 0`.
+    """
 
     stage: Any
     device: Device
     events: list[_Event] = field(default_factory=list)
     current: int = 0
+    spans: bool = False
 
     def attach(self) -> None:
         """Start recording on this stage."""
@@ -51,13 +55,25 @@ class StageRecorder:
     def _timed(self, kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def timed(microbatch: int, *args: Any, **kwargs: Any) -> Any:
             self.current = microbatch
-            return self._record(kind, microbatch, lambda: method(microbatch, *args, **kwargs))
+            with self.span(f"{kind} mb {microbatch}"):
+                return self._record(kind, microbatch, lambda: method(microbatch, *args, **kwargs))
 
         return timed
 
     def timed_loss(self, loss_fn: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
         """`loss_fn`, with its time added to the forward of the microbatch that was computed last."""
-        return lambda output, target: self._record("forward", self.current, lambda: loss_fn(output, target))
+
+        def timed(output: Any, target: Any) -> Any:
+            with self.span(f"loss mb {self.current}"):
+                return self._record("forward", self.current, lambda: loss_fn(output, target))
+
+        return timed
+
+    def span(self, what: str) -> contextlib.AbstractContextManager[Any]:
+        """A range of the profiler's trace that says what this stage does; nothing while nobody profiles."""
+        if not self.spans:
+            return contextlib.nullcontext()
+        return torch.profiler.record_function(f"stage {self.stage.stage_index} {what}")
 
     def _record(self, kind: str, microbatch: int, work: Callable[[], Any]) -> Any:
         wall, start = time.perf_counter(), self.device.stamp()

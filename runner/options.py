@@ -24,6 +24,7 @@ class RunOptions:
     export_weights: Path | None
     stock: bool
     against: str | None
+    tensorboard: Path | None
     run_dir: Path
     quiet: bool
     debug: bool
@@ -70,6 +71,7 @@ def parse_options(arguments: list[str]) -> RunOptions:
         export_weights=Path(flags.export_weights) if flags.export_weights else None,
         stock=flags.stock,
         against=AGAINST[flags.against] if flags.against else None,
+        tensorboard=Path(flags.tensorboard) if flags.tensorboard is not None else None,
         run_dir=run_dir,
         quiet=flags.quiet,
         debug=flags.debug,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -35,14 +35,17 @@ def step_progress(num_steps: int, rank: int) -> Iterator[StepReport]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
     columns = (
         TextColumn("training"),
         BarColumn(),
         TextColumn("step {task.completed}/{task.total}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bars:
+    # A descriptor of its own, so that the bar goes on where stderr is redirected for a while (see measuring).
+    with (
+        open(os.dup(2), "w", encoding="utf-8") as stderr,
+        Progress(*columns, console=(console := Console(file=stderr)), disable=not stderr.isatty()) as bars,
+    ):
         task = bars.add_task("steps", total=num_steps)
 
         class Bars:

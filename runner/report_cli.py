@@ -21,10 +21,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `plan-report`."""
     parser = argparse.ArgumentParser(
         prog="plan-report",
-        description="Show a plan, or a measurement with its plan, on the terminal, as HTML or as JSON.",
+        description="Show a plan, or a measurement with its plan, on the terminal, as HTML, as JSON,"
+        " or as a Chrome trace of the predicted and the measured step (perfetto: open it in ui.perfetto.dev).",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="PLAN, or MEASUREMENT and PLAN in any order")
-    parser.add_argument("--format", choices=["text", "html", "json"], default="text", help="default: text")
+    parser.add_argument("--format", choices=["text", "html", "json", "perfetto"], default="text", help="default: text")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of the terminal")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"evenstage {version()}")
@@ -51,7 +52,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def render(files: Sequence[Path], kind: str) -> str:
-    """The files as text, HTML or JSON."""
+    """The files as text, HTML, JSON or a Chrome trace."""
     found = {schema_of(path): path for path in files}
     plan_file, measurement_file = found.get("plan"), found.get("measurement")
     if plan_file is None or len(found) != len(files):
@@ -61,12 +62,15 @@ def render(files: Sequence[Path], kind: str) -> str:
         )
     from planner.files.plan_file import Plan
     from planner.rendering import render_plan
+    from runner.reporting.chrome_trace import render_predicted_trace
 
     plan = Plan.load(plan_file)
     seen = plan.seen_from_here(plan_file.parent)
     if measurement_file is None:
         if kind == "html":
             raise UsageError("a plan alone", "the HTML report holds a measurement against its plan", "name both files")
+        if kind == "perfetto":
+            return render_predicted_trace(plan)
         return plan.to_json() if kind == "json" else render_plan(seen, None) + "\n"
     return render_comparison(seen, measurement_file, kind)
 
@@ -76,6 +80,7 @@ def render_comparison(plan: Plan, measurement_file: Path, kind: str) -> str:
     from planner.files.measurement_file import Measurement
     from planner.files.reading import encode
     from runner.comparing import compare
+    from runner.reporting.chrome_trace import render_chrome_trace
     from runner.reporting.page import render_html
     from runner.reporting.terminal import render_report
 
@@ -89,6 +94,8 @@ def render_comparison(plan: Plan, measurement_file: Path, kind: str) -> str:
     report = compare(plan, measurement)
     if kind == "html":
         return render_html(report, plan, measurement)
+    if kind == "perfetto":
+        return render_chrome_trace(report)
     if kind == "json":
         return json.dumps(encode(measurement), indent=1) + "\n"
     return render_report(report) + "\n"

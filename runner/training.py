@@ -101,7 +101,8 @@ class Trainer:
         self._sum_tied_gradients()
         norm, backward_wall = self._squared_norm(), time.perf_counter() - wall
         if after_backward is not None:
-            after_backward()
+            with self.recorder.span("comparison with the unsplit model"):
+                after_backward()
         wall, before = time.perf_counter(), self.device.stamp()
         if self.optimizer is not None:
             watch(self._optimizer_step)
@@ -139,15 +140,19 @@ class Trainer:
         return replace(result, samples=None, peak_memory_bytes=max(peaks))
 
     def _sum_tied_gradients(self) -> None:
-        if self.ties is not None:
-            self.ties.restore()
-        sum_tied_gradients(self.built.tied, self.stage)
-        if self.ties is not None:
-            self.ties.replace()
+        if not self.built.tied:
+            return
+        with self.recorder.span("tied gradients"):
+            if self.ties is not None:
+                self.ties.restore()
+            sum_tied_gradients(self.built.tied, self.stage)
+            if self.ties is not None:
+                self.ties.replace()
 
     def _optimizer_step(self) -> None:
         assert self.optimizer is not None
-        self.optimizer.step()
+        with self.recorder.span("optimizer"):
+            self.optimizer.step()
 
     def _run_schedule(self, inputs: Any) -> None:
         arguments = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from planner.tracing.loading import ModelSource
     from runner.checking import Reference
     from runner.options import RunOptions
+    from runner.step_profiler import StepProfiler
     from runner.training import StepResult, Trainer
 
 GROUP_TIMEOUT = timedelta(minutes=5)
@@ -85,9 +87,11 @@ def run(context: RunContext) -> None:
     """Train and measure; the last line on stdout names what was written."""
     from runner.comparing_cuts import compare_cuts
     from runner.stages import build_stage
+    from runner.tensorboard_run import refuse_unusable
     from runner.training import Trainer
 
     options, plan = context.options, context.plan
+    refuse_unusable(options)
     built = build_stage(
         plan, context.source, context.rank, context.device, without_dropout=options.check, stock=options.stock
     )
@@ -120,7 +124,7 @@ def train(context: RunContext, trainer: Trainer, reference: Reference | None) ->
 
     options = context.options
     results: list[StepResult] = []
-    with step_progress(options.steps, context.rank) as report:
+    with step_progress(options.steps, context.rank) as report, _profiling(context, trainer) as profiler:
         batches = training_batches(context.plan, context.source, report.say)
         for _ in range(options.steps):
             number, batch = next(batches)
@@ -128,9 +132,31 @@ def train(context: RunContext, trainer: Trainer, reference: Reference | None) ->
                 refuse_different_batches(batch, context.plan.seed)
             compare = _comparison(context, trainer, reference, number, batch)
             take = trainer.measured_step if number == MEMORY_STEP else trainer.step
+            if profiler is not None and number in profiler.steps:
+                take = profiler.step
             results.append(take(number, batch, compare))
+            if profiler is not None:
+                profiler.end_step(number)
             report.step(number, results[-1].loss)
     return results
+
+
+def _profiling(context: RunContext, trainer: Trainer) -> AbstractContextManager[StepProfiler | None]:
+    """With `--tensorboard`, what profiles the last steps on this rank; collective over all ranks."""
+    directory = context.options.tensorboard
+    if directory is None:
+        return nullcontext()
+    import torch.distributed as dist
+
+    from runner.step_profiler import StepProfiler
+    from runner.tensorboard_run import remove_earlier, run_name, stage_trace
+
+    name = [run_name(context.options.run_dir)]
+    dist.broadcast_object_list(name)
+    if context.rank == 0:
+        remove_earlier(directory, name[0])
+    file = stage_trace(directory, name[0], context.rank, context.plan.num_stages)
+    return StepProfiler(trainer, context.options.steps, file)
 
 
 def _comparison(

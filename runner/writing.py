@@ -1,4 +1,4 @@
-"""What a run leaves behind: measurement.json, metrics.jsonl, report.html, and the report on the terminal."""
+"""What a run leaves behind: measurement, metrics, report and trace as files, and the report on the terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from planner.files.reading import encode, write_text
 from planner.machine.device import describe_machine
 from runner.comparing import compare
 from runner.gathering import build_measurement
+from runner.reporting.chrome_trace import render_chrome_trace
 from runner.reporting.page import render_html
 from runner.reporting.terminal import render_report
+from runner.tensorboard_run import describe, run_name, write_timelines
 from runner.training import StepResult
 
 if TYPE_CHECKING:
@@ -39,9 +41,14 @@ def write_run(
     folder = context.options.run_dir
     write_measurement(folder, measurement)
     write_text(folder / "report.html", render_html(report, plan, measurement))
+    write_text(folder / "trace.json", render_chrome_trace(report))
+    written = f"wrote {folder / 'report.html'}, measurement.json, metrics.jsonl, trace.json"
+    tensorboard, name = context.options.tensorboard, run_name(folder)
+    if tensorboard is not None:
+        write_timelines(tensorboard, name, report)
+        written = f"{describe(tensorboard, name, context.options.steps)}\n{written}, {tensorboard / name}"
     if not context.options.quiet:
-        print(render_report(report))
-        print(f"wrote {folder / 'report.html'}, measurement.json, metrics.jsonl", flush=True)
+        print(f"{render_report(report)}\n{written}", flush=True)
     tolerance = context.options.tolerance
     if tolerance is not None and not report.within_tolerance(tolerance):
         raise ToleranceError(

@@ -27,7 +27,12 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_its_files_and_names_them(finished):
     folder, ended = finished
     assert ended.stdout.rstrip().splitlines()[-1].startswith("wrote run/report.html")
-    assert {path.name for path in (folder / "run").iterdir()} == {"report.html", "measurement.json", "metrics.jsonl"}
+    assert {path.name for path in (folder / "run").iterdir()} == {
+        "report.html",
+        "measurement.json",
+        "metrics.jsonl",
+        "trace.json",
+    }
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert set(records[0]) == {"step", "loss", "step_ms", "learning_rate", "gradient_norm"}
@@ -59,6 +64,8 @@ def test_plan_report_shows_a_run_again(finished):
     assert text.returncode == 0 and "stage" in text.stdout, text.stderr
     html = command(*files, "--format", "html", "-o", "again.html", module="runner.report_cli", cwd=folder)
     assert html.returncode == 0 and (folder / "again.html").read_text() == (folder / "run" / "report.html").read_text()
+    trace = command(*files, "--format", "perfetto", module="runner.report_cli", cwd=folder)
+    assert trace.returncode == 0 and trace.stdout == (folder / "run" / "trace.json").read_text()
     wrong = command("run/measurement.json", module="runner.report_cli", cwd=folder)
     assert wrong.returncode == 2 and "name both files" in wrong.stderr
 

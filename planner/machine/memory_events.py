@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+PROFILERS_LINE = re.compile(rb"ActivityProfilerHandler\.cpp|Memory block of unknown size")
+
 
 def memory_events(work: Callable[[], None]) -> list[dict[str, Any]]:
     """The events of torch's profiler while `work` runs, by time: allocations (`[memory]`) and named ranges."""
     import torch
 
-    with silent_descriptors():
+    with without_profilers_lines():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             work()
         with tempfile.TemporaryDirectory(prefix="evenstage-memory-") as folder:
@@ -63,18 +66,17 @@ def rising_by_mark(events: list[dict[str, Any]], prefix: str) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def silent_descriptors() -> Iterator[None]:
-    """Torch's profiler writes lines of its own to the process's output; they go nowhere."""
-    sys.stdout.flush()
+def without_profilers_lines() -> Iterator[None]:
+    """Drop the lines that torch's profiler writes to the process's stderr. All others come through, at the end."""
     sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for descriptor in (*kept, nowhere):
-            os.close(descriptor)
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if not PROFILERS_LINE.search(line)))
