@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.command import guarded
-from planner.errors import UsageError
+from planner.errors import RunError, UsageError
 from planner.run_flags import add_run_flags, run_arguments, whole_number
 from planner.version import version
 
@@ -220,19 +220,21 @@ def _show(flags: argparse.Namespace, plan: Plan, profile: Profile, reused: bool,
 def _train(flags: argparse.Namespace, output: Path) -> int:
     """Run `python -m runner PLAN …` as a child and pass its exit code on."""
     import os
-    import subprocess
+    import signal
+
+    from planner.machine.ending import PASSED_ON, run_child
 
     command = [sys.executable, "-P", "-m", "runner", str(output), *run_arguments(flags)]
     command += ["--device", flags.device] if flags.device else []
     command += ["--debug"] if flags.debug else []
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            continue
+    code = run_child(command, {**os.environ, "PYTHONPATH": path})
+    if -code in PASSED_ON:
+        raise KeyboardInterrupt
+    if code < 0:
+        raise RunError(f"the run was ended by signal {-code} ({signal.Signals(-code).name})")
+    return code
 
 
 def _microbatches(text: str) -> int | None:

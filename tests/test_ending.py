@@ -1,0 +1,96 @@
+"""`plan --train` ended by a signal: exit 130 with one line, and none of its processes is left."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.running import ROOT, command
+from tests.test_workers import children_of, gone
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and asks Linux for the death signal")
+READY = """
+import os
+from pathlib import Path
+_batches = 0
+_make_batch = make_batch
+def make_batch(batch_size):
+    global _batches
+    _batches += 1
+    if _batches == 20 and "RANK" in os.environ:
+        Path(__file__).with_name(f"ready{os.environ['RANK']}").touch()
+    return _make_batch(batch_size)
+"""
+FLAGS = ["--gpus", "2", "model.py", "--microbatches", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that says when it has trained for a while, with its profile."""
+    folder = tmp_path_factory.mktemp("ending")
+    (folder / "model.py").write_text((ROOT / "tests" / "models" / "plain.py").read_text() + READY)
+    ended = command(*FLAGS, module="planner", cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def descendants(pid):
+    found = children_of(pid)
+    return found + [each for child in found for each in descendants(child)]
+
+
+def wait_until(holds, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert holds()
+
+
+@pytest.fixture
+def training(folder, request):
+    """`plan --train` in the midst of its training, after it profiled or with the profile at hand."""
+    for file in folder.glob("ready*"):
+        file.unlink()
+    fresh = ["--fresh"] if getattr(request, "param", "") == "profiled" else []
+    line = [sys.executable, "-P", "-m", "planner", *FLAGS, *fresh, "--train", "--steps", "100000", "--run-dir", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        line, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_until(lambda: len(list(folder.glob("ready*"))) == 2)
+        yield process, descendants(process.pid)
+    finally:
+        for pid in [*descendants(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("training", "ending"), [("profiled", signal.SIGINT), ("reused", signal.SIGTERM)], indirect=["training"]
+)
+def test_an_interrupted_training_is_exit_130_with_one_line(training, ending):
+    process, family = training
+    assert len(family) == 3
+    process.send_signal(ending)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "run-plan: interrupted"
+    assert "death signal" not in errors and "Traceback" not in errors
+    assert gone(family)
+
+
+@pytest.mark.parametrize("victim", ["plan", "run-plan"])
+def test_a_killed_training_leaves_no_orphan(training, victim):
+    process, family = training
+    launcher = children_of(process.pid)[0]
+    os.kill(process.pid if victim == "plan" else launcher, signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1]
+    wait_until(lambda: gone(family), 30)
+    if victim == "run-plan":
+        assert process.returncode == 1 and "the run was ended by signal 9 (SIGKILL)" in errors
