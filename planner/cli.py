@@ -73,6 +73,7 @@ def run(flags: argparse.Namespace) -> int:
     if flags.graph is not None:
         return _plan_graph(flags)
     request, output = _request(flags), _output(flags)
+    _refuse_bad_targets(flags, output)
     profile, reused = _profile(flags, request, output)
     from planner.planning import plan_profile, relative_to
 
@@ -94,8 +95,6 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         raise UsageError(got, "a plan comes from one of the two", "for example: plan --gpus 4 model.py")
     if flags.objective is not None or flags.no_transfers or flags.cut_at is not None:
         raise UsageError("--objective, --no-transfers or --cut-at", "they go with --graph FILE", "leave them out")
-    if flags.output is not None and flags.output in (flags.profile, (flags.model or "").partition(":")[0]):
-        raise UsageError(f"-o {flags.output}", "the plan may not overwrite what it is made from", "name another file")
     if not flags.train and run_arguments(flags):
         raise UsageError(f"{run_arguments(flags)[0]} without --train", "it says how to train", "add --train")
     return PlanRequest(
@@ -117,12 +116,13 @@ def _plan_graph(flags: argparse.Namespace) -> int:
 
     _refuse_for_graph(flags)
     path = Path(flags.graph)
+    output = Path(f"{path.stem}.plan.json") if flags.output is None else _output(flags)
+    _refuse_bad_targets(flags, output)
     if flags.objective == "bottleneck":
         plan = plan_bottleneck(path, flags.gpus, transfers=not flags.no_transfers)
     else:
         cut_at = [] if flags.cut_at == "" else flags.cut_at.split(",") if flags.cut_at is not None else None
         plan = plan_schedule(path, flags.gpus, flags.microbatches, cut_at=cut_at, schedule=flags.schedule)
-    output = Path(flags.output) if flags.output is not None else Path(f"{path.stem}.plan.json")
     plan.save(output)
     if flags.json:
         print(plan.to_json(), end="")
@@ -148,7 +148,28 @@ def _refuse_for_graph(flags: argparse.Namespace) -> None:
         raise UsageError("--no-transfers without --objective", "a step has its transfers", "add --objective bottleneck")
 
 
+def _refuse_bad_targets(flags: argparse.Namespace, output: Path) -> None:
+    """Raise UsageError where what is to be written could not be, or would overwrite what it is made from."""
+    from planner.files.reading import refuse_unwritable
+
+    targets = {f"-o {flags.output}" if flags.output else f"the plan {output}": output}
+    if flags.model is not None:
+        targets[f"the profile {profile_path(output)}"] = profile_path(output)
+    if flags.export_weights is not None:
+        targets[f"--export-weights {flags.export_weights}"] = Path(flags.export_weights)
+    sources = [flags.profile, flags.graph, (flags.model or "").partition(":")[0]]
+    inputs = {Path(name).resolve() for name in sources if name}
+    for what, path in targets.items():
+        if path.resolve() in inputs:
+            raise UsageError(what, "the plan may not overwrite what it is made from", "name another file")
+        refuse_unwritable(path, what)
+    if flags.run_dir is not None:
+        refuse_unwritable(Path(flags.run_dir), f"--run-dir {flags.run_dir}", folder=True)
+
+
 def _output(flags: argparse.Namespace) -> Path:
+    if flags.output == "":
+        raise UsageError('-o ""', "it must be a file", "name a file, or leave -o out")
     if flags.output is not None:
         return Path(flags.output)
     name = Path(flags.model.partition(":")[0] if flags.model else flags.profile).name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from planner.command import guarded
 from planner.errors import UsageError
@@ -44,6 +45,7 @@ def refuse_impossible(options: RunOptions, num_stages: int) -> None:
     """Raise UsageError for a run that cannot start on this machine."""
     from planner.profiling.profiler import device_kind
 
+    refuse_bad_targets(options)
     if options.steps == 0:
         raise UsageError("--steps 0", "a run trains and measures at least one step", "give --steps 1 or more")
     if device_kind(options.device) == "cuda":
@@ -56,3 +58,17 @@ def refuse_impossible(options: RunOptions, num_stages: int) -> None:
                 "every stage needs a device of its own",
                 f"use --device cpu, or plan again with --gpus {max(found, 1)}",
             )
+
+
+def refuse_bad_targets(options: RunOptions) -> None:
+    """Raise UsageError where what the run is to leave behind could not be written, or would overwrite its plan."""
+    from planner.files.reading import refuse_unwritable
+
+    refuse_unwritable(options.run_dir, f"--run-dir {options.run_dir}", folder=True)
+    weights = options.export_weights
+    if weights is not None:
+        refuse_unwritable(weights, f"--export-weights {weights}")
+        inputs = [options.plan, *([Path(options.model.partition(":")[0])] if options.model else [])]
+        if any(weights.resolve() == file.resolve() for file in inputs):
+            rule = "the weights may not overwrite what they are trained from"
+            raise UsageError(f"--export-weights {weights}", rule, "name another file")
