@@ -47,7 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     costs.add_argument("--microbatches", type=_microbatches, default="auto", metavar="N|auto", help="default: auto")
     costs.add_argument("--schedule", choices=["gpipe", "1f1b"], default="gpipe", help="default: gpipe")
     costs.add_argument("--precision", choices=["fp32"], default="fp32", help="default: fp32")
-    costs.add_argument("--bandwidth", type=_bandwidth, metavar="RATE", help="of each link, e.g. 12GB/s (default: free)")
+    costs.add_argument(
+        "--bandwidth",
+        type=_bandwidth,
+        metavar="RATE",
+        help="of each link: 12GB/s (bytes), 100Gb/s (bits); default: free",
+    )
     costs.add_argument("--plain", action="store_true", help="only cuts that stock torch does rightly by split_spec")
     costs.add_argument("--seed", type=whole_number(0), default=0, metavar="S", help="default: 0")
     profile = parser.add_argument_group("the profile")
@@ -263,15 +268,10 @@ def _microbatches(text: str) -> int | None:
 
 
 def _bandwidth(text: str) -> float:
-    """Bytes per second: a number with an optional unit, e.g. 12GB/s, 900MB/s, 50GiB/s."""
-    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    body = text.removesuffix("/s").strip()
-    number = body.rstrip("BKMGTiIkmgtb ")
-    unit = body[len(number) :].strip().upper()
+    """`parse_bandwidth` for argparse."""
+    from planner.bandwidth import parse_bandwidth
+
     try:
-        value = float(number) * units[unit]
-    except (ValueError, KeyError):
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a positive rate such as 12GB/s")
-    return value
+        return parse_bandwidth(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
