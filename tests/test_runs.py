@@ -59,7 +59,7 @@ def test_plan_report_shows_a_run_again(finished):
     assert text.returncode == 0 and "stage" in text.stdout, text.stderr
     html = command(*files, "--format", "html", "-o", "again.html", module="runner.report_cli", cwd=folder)
     assert html.returncode == 0 and (folder / "again.html").read_text() == (folder / "run" / "report.html").read_text()
-    wrong = command("run/measurement.json", module="runner.report_cli", cwd=folder)
+    wrong = command("run/measurement.json", "--format", "html", module="runner.report_cli", cwd=folder)
     assert wrong.returncode == 2 and "name both files" in wrong.stderr
 
 
