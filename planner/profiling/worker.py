@@ -95,12 +95,13 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
     """Trace and time the model at one microbatch size."""
     import torch.distributed as dist
 
-    from planner.errors import ProfileError, user_frames
+    from planner.errors import PlannerError, ProfileError, user_frames
     from planner.files.profile_file import SizeProfile
     from planner.profiling.timing import time_layers, time_optimizer
     from planner.tracing.exporting import trace_model
     from planner.tracing.loading import as_call, build, make_batch, rows
     from planner.tracing.pieces import build_pieces
+    from planner.tracing.user_functions import written_in_place
 
     model = build(source, request.seed).to(device.torch_device)
     batch = _to(make_batch(source, request.seed, 0, request.batch_size), device)
@@ -110,9 +111,13 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
     meet = _Meeting(request, size)
     try:
         samples = time_layers(pieces, microbatches, source.loss_fn, device, request.num_rounds, meet)
+    except PlannerError:
+        raise
     except Exception as error:
+        if (explained := written_in_place(source.file, error)) is not None:
+            raise explained from error
         raise ProfileError(
-            f"{source.name} exported but did not run: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"{source.name} exported but did not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             "forward, loss_fn and backward must run on one microbatch",
             "correct the line shown" if user_frames(error, source.file) else "run again with --debug",
             user_frames(error, source.file),
