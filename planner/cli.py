@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.command import guarded
+from planner.command import guarded, stdout_to_stderr
 from planner.errors import RunError, UsageError
+from planner.files.plan_rules import MAX_SEED
 from planner.run_flags import add_run_flags, run_arguments, whole_number
 from planner.version import version
 
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of each link: 12GB/s (bytes), 100Gb/s (bits); default: free",
     )
     costs.add_argument("--plain", action="store_true", help="only cuts that stock torch does rightly by split_spec")
-    costs.add_argument("--seed", type=whole_number(0), default=0, metavar="S", help="default: 0")
+    costs.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, metavar="S", help="default: 0")
     profile = parser.add_argument_group("the profile")
     profile.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     profile.add_argument("--profile", metavar="FILE", help="plan from this profile, without hardware")
@@ -77,17 +78,24 @@ def run(flags: argparse.Namespace) -> int:
         return 0
     if flags.graph is not None:
         return _plan_graph(flags)
+    with stdout_to_stderr(flags.json):
+        plan, profile, reused, output = _make(flags)
+    _show(flags, plan, profile, reused, output)
+    with stdout_to_stderr(flags.json):
+        return _train(flags, output) if flags.train else 0
+
+
+def _make(flags: argparse.Namespace) -> tuple[Plan, Profile, bool, Path]:
+    """The plan as it was written, its profile, whether that was there already, and the plan's file."""
     request, output = _request(flags), _output(flags)
     _refuse_bad_targets(flags, output)
     profile, reused = _profile(flags, request, output)
     from planner.planning import plan_profile, relative_to
 
     plan = plan_profile(profile, request)
-    model = replace(plan.model, file=relative_to(str(plan.model.file), output.parent))
-    plan = replace(plan, model=model)
+    plan = replace(plan, model=replace(plan.model, file=relative_to(str(plan.model.file), output.parent)))
     plan.save(output)
-    _show(flags, plan, profile, reused, output)
-    return _train(flags, output) if flags.train else 0
+    return plan, profile, reused, output
 
 
 def _request(flags: argparse.Namespace) -> PlanRequest:
@@ -234,7 +242,7 @@ def _show(flags: argparse.Namespace, plan: Plan, profile: Profile, reused: bool,
     from planner.rendering import render_plan
 
     if flags.json:
-        print(plan.to_json(), end="")
+        print(plan.to_json(), end="", flush=True)
         return
     if reused:
         print(f"profile of {profile.machine.device_name} reused (--fresh measures again)", file=sys.stderr)
@@ -255,7 +263,8 @@ def _train(flags: argparse.Namespace, output: Path) -> int:
     command += ["--debug"] if flags.debug else []
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    code = run_child(command, {**os.environ, "PYTHONPATH": path})
+    inherited = {name: value for name, value in os.environ.items() if name != "RANK"}  # with it, runner is a worker
+    code = run_child(command, {**inherited, "PYTHONPATH": path})
     if -code in PASSED_ON:
         raise KeyboardInterrupt
     if code < 0:

@@ -53,7 +53,7 @@ def open_context(options: RunOptions) -> RunContext:
     from runner.cli import refuse_bad_targets
 
     plan = Plan.load(options.plan)
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    world, rank = _whole_from_environment("WORLD_SIZE"), _whole_from_environment("RANK")
     if world != plan.num_stages:
         raise UsageError(
             f"{world} workers for a plan of {plan.num_stages} stages",
@@ -69,6 +69,16 @@ def open_context(options: RunOptions) -> RunContext:
     backend = "gloo" if device.clock == "thread-cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
     return RunContext(options, plan, source, device, rank)
+
+
+def _whole_from_environment(name: str) -> int:
+    """A number that torchrun sets. Raises UsageError where it, or the address of the group, is missing."""
+    missing = [each for each in (name, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(each)]
+    if missing or not os.environ[name].isdecimal():
+        got = f"RANK is set, but {missing[0]} is not" if missing else f"{name} is {os.environ[name]!r}"
+        rule = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT belong together; torchrun sets them for each worker"
+        raise UsageError(got, rule, "start it with torchrun, or unset RANK to start all workers here")
+    return int(os.environ[name])
 
 
 def model_of(options: RunOptions, plan: Plan) -> str:

@@ -77,7 +77,7 @@ def test_a_wrong_world_size_is_exit_2_with_the_remedy(finished, tmp_path):
 def test_tolerance_is_exit_3(finished, tmp_path):
     plan = finished[0] / "x.plan.json"
     ended = command(plan, "--steps", 2, "--tolerance", "1%", "--run-dir", tmp_path, cwd=tmp_path)
-    assert ended.returncode == 3 and "off by more than 1.0%" in ended.stderr
+    assert ended.returncode == 3 and "off by more than 1 %" in ended.stderr
     assert (tmp_path / "measurement.json").exists()
 
 

@@ -11,6 +11,7 @@ from planner.errors import FileError
 if TYPE_CHECKING:
     from planner.files.plan_file import Plan, Stage
 
+MAX_SEED = 2**62  # torch takes 64 bits, and step t draws from seed + 1 + t
 SAME = 1e-6  # relative; solvers prove to 1e-7, and files hold every digit
 
 
@@ -41,8 +42,8 @@ def _refuse_bad_numbers(plan: Plan) -> None:
         raise _wrong("a plan without microbatches", "at least one microbatch of one sample")
     if plan.data_parallel != 1:
         raise _wrong(f"data_parallel is {plan.data_parallel}", "this version trains one copy of every stage: 1")
-    if not 0 <= plan.seed < 2**63:
-        raise _wrong(f"seed is {plan.seed}", "a seed is a whole number from 0 to 2**63 − 1")
+    if not 0 <= plan.seed <= MAX_SEED:
+        raise _wrong(f"seed is {plan.seed}", f"a seed is a whole number from 0 to {MAX_SEED:,}")
     rate = plan.bandwidth_bytes_per_s
     if rate is not None and not 0 < rate < math.inf:
         raise _wrong(f"bandwidth_bytes_per_s is {rate}", "a rate is positive")

@@ -38,7 +38,7 @@ ENDING_SIGNALS = tuple(
 
 
 def as_worker(main: Callable[[], None]) -> None:
-    """Run a worker's `main` and end the process: with 0, or with 1 and what went wrong where the parent looks for it.
+    """Run a worker's `main` and end the process: with 0, or with the error's exit code and the error for its parent.
 
     The interpreter is not torn down: threads of the process group that are still open would abort it now and then.
     """
@@ -51,7 +51,7 @@ def as_worker(main: Callable[[], None]) -> None:
         _leave_error(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        _end_process(1)
+        _end_process(error.exit_code if isinstance(error, PlannerError) else 1)
     _end_process(0)
 
 
