@@ -54,6 +54,7 @@ def main() -> None:
 
 def _write(request: ProfileRequest, source: ModelSource, sizes: Any, machine: Any, seconds: float) -> None:
     from planner.files.profile_file import Profile
+    from planner.tracing.training_digest import training_digest
 
     traced, layers = sizes[0][0], sizes[0][1].layers
     Profile(
@@ -66,6 +67,7 @@ def _write(request: ProfileRequest, source: ModelSource, sizes: Any, machine: An
         concurrent_copies=request.copies,
         sizes=tuple(size for _, size in sizes),
         why_not_plain=traced.why_not_plain,
+        training=training_digest(source, traced.graph_module),
     ).save(Path(sys.argv[2]))
 
 
