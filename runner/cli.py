@@ -27,7 +27,7 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
     from runner.worker import model_of
 
     plan = Plan.load(options.plan)
-    model_of(options, plan)
+    refuse_bad_targets(options, model_of(options, plan))
     refuse_impossible(options, plan.num_stages)
     if options.against is not None:
         from runner.comparing_cuts import other_plan
@@ -45,7 +45,6 @@ def refuse_impossible(options: RunOptions, num_stages: int) -> None:
     """Raise UsageError for a run that cannot start on this machine."""
     from planner.profiling.profiler import device_kind
 
-    refuse_bad_targets(options)
     if options.steps == 0:
         raise UsageError("--steps 0", "a run trains and measures at least one step", "give --steps 1 or more")
     if device_kind(options.device) == "cuda":
@@ -60,15 +59,14 @@ def refuse_impossible(options: RunOptions, num_stages: int) -> None:
             )
 
 
-def refuse_bad_targets(options: RunOptions) -> None:
-    """Raise UsageError where what the run is to leave behind could not be written, or would overwrite its plan."""
+def refuse_bad_targets(options: RunOptions, model: str) -> None:
+    """Raise UsageError where what a run of `model` writes could not be written, or would overwrite its sources."""
     from planner.files.reading import refuse_unwritable
 
     refuse_unwritable(options.run_dir, f"--run-dir {options.run_dir}", folder=True)
     weights = options.export_weights
     if weights is not None:
         refuse_unwritable(weights, f"--export-weights {weights}")
-        inputs = [options.plan, *([Path(options.model.partition(":")[0])] if options.model else [])]
-        if any(weights.resolve() == file.resolve() for file in inputs):
+        if weights.resolve() in (options.plan.resolve(), Path(model.partition(":")[0]).resolve()):
             rule = "the weights may not overwrite what they are trained from"
             raise UsageError(f"--export-weights {weights}", rule, "name another file")

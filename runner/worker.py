@@ -65,7 +65,7 @@ def open_context(options: RunOptions) -> RunContext:
     if device.clock == "thread-cpu":
         torch.set_num_threads(1)
     if rank == 0:
-        refuse_bad_targets(options)
+        refuse_bad_targets(options, model_of(options, plan))
     backend = "gloo" if device.clock == "thread-cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
     return RunContext(options, plan, source, device, rank)

@@ -14,6 +14,7 @@ from planner.files.plan_file import Plan
 from planner.files.reading import refuse_unwritable, write_text
 from runner.cli import main as run_plan
 from runner.weights import write_weights
+from tests.conftest import MODELS
 from tests.running import command, plan_at
 
 GRAPH = {
@@ -141,6 +142,7 @@ def test_plan_does_not_overwrite_its_profile(tmp_path, monkeypatch, capsys):
         (["--run-dir", "/proc/evenstage"], "cannot be written"),
         (["--export-weights", "x.plan.json/w"], "Not a directory"),
         (["--export-weights", "x.plan.json"], "may not overwrite"),
+        (["--export-weights", str(MODELS / "plain.py")], "may not overwrite"),
         (["--export-weights", "/dev/null"], "is a device"),
     ],
 )
