@@ -59,7 +59,13 @@ def training(folder, request):
     line = [sys.executable, "-P", "-m", "planner", *FLAGS, *fresh, "--train", "--steps", "100000", "--run-dir", "run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        line, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        line,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         wait_until(lambda: len(list(folder.glob("ready*"))) == 2)
@@ -77,7 +83,10 @@ def training(folder, request):
 def test_an_interrupted_training_is_exit_130_with_one_line(training, ending):
     process, family = training
     assert len(family) == 3
-    process.send_signal(ending)
+    if ending == signal.SIGINT:
+        os.killpg(process.pid, ending)  # as a terminal does: every process of the command gets it
+    else:
+        process.send_signal(ending)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "run-plan: interrupted"
@@ -94,3 +103,11 @@ def test_a_killed_training_leaves_no_orphan(training, victim):
     wait_until(lambda: gone(family), 30)
     if victim == "run-plan":
         assert process.returncode == 1 and "the run was ended by signal 9 (SIGKILL)" in errors
+
+
+def test_a_process_whose_parent_went_before_it_asked_ends_at_once():
+    code = "from planner.machine.ending import end_with_parent; end_with_parent(); print('still here')"
+    for parent, expected in [("1", (1, "")), (str(os.getpid()), (0, "still here\n")), (None, (0, "still here\n"))]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"EVENSTAGE_PARENT": parent} if parent else {})}
+        ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout) == expected

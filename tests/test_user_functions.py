@@ -12,7 +12,7 @@ import torch
 from planner.errors import ModelFileError, UsageError
 from planner.planning import PlanRequest
 from planner.tracing.loading import build, checked_batch, load_source
-from tests.running import ROOT, command, plan_at, torchrun
+from tests.running import ROOT, command, plan_at
 
 BASE = """import torch
 from torch import nn
@@ -172,14 +172,6 @@ def test_an_environment_that_is_not_torchruns_is_refused(tmp_path, models, monke
     ended = command("x.plan.json", "--steps", 1, cwd=tmp_path)
     assert ended.returncode == 2 and expected in ended.stderr, ended.stderr
     assert "rule: " in ended.stderr and "remedy: " in ended.stderr and "Traceback" not in ended.stderr
-
-
-def test_torchrun_with_a_wrong_world_size_shows_rule_and_remedy(tmp_path, models):
-    plan_at(models / "plain.py", ["5"]).save(tmp_path / "x.plan.json")
-    ended = torchrun(3, "-m", "runner", "x.plan.json", "--steps", 1, cwd=tmp_path)
-    assert ended.returncode != 0 and "3 workers for a plan of 2 stages" in ended.stderr
-    assert "rule: every stage has a worker of its own" in ended.stderr
-    assert "remedy: start 2 processes, or plan again with --gpus 3" in ended.stderr
 
 
 NOISY = """
