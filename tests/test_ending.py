@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from planner.machine.ending import signals_handled
 from tests.running import ROOT, command
 from tests.test_workers import children_of, gone
 
@@ -67,11 +68,13 @@ def training(folder, request):
         text=True,
         start_new_session=True,
     )
+    family: list[int] = []
     try:
         wait_until(lambda: len(list(folder.glob("ready*"))) == 2)
-        yield process, descendants(process.pid)
+        family = descendants(process.pid)
+        yield process, family
     finally:
-        for pid in [*descendants(process.pid), process.pid]:
+        for pid in {*family, *descendants(process.pid), process.pid}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()
@@ -111,3 +114,14 @@ def test_a_process_whose_parent_went_before_it_asked_ends_at_once():
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"EVENSTAGE_PARENT": parent} if parent else {})}
         ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert (ended.returncode, ended.stdout) == expected
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_handled((signal.SIGHUP, signal.SIGTERM), print):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == print
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -31,11 +31,15 @@ def end_with_parent(ending: int = signal.SIGKILL) -> None:
 
 @contextlib.contextmanager
 def signals_handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """`handler` for these signals while the block runs, and then what was there; nothing outside the main thread."""
+    """`handler` for these signals while the block runs, and then what was there; nothing outside the main thread.
+
+    A signal that is ignored stays so (nohup does that to SIGHUP), except SIGINT, which shells ignore for every `&`.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers}
+    handled = [n for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
