@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.command import guarded
-from planner.errors import UsageError
+from planner.command import guarded, stdout_to_stderr
+from planner.errors import RunError, UsageError
+from planner.files.plan_rules import MAX_SEED
 from planner.run_flags import add_run_flags, run_arguments, whole_number
 from planner.version import version
 
@@ -48,12 +49,17 @@ def build_parser() -> argparse.ArgumentParser:
     costs.add_argument("--microbatches", type=_microbatches, default="auto", metavar="N|auto", help="default: auto")
     costs.add_argument("--schedule", choices=["gpipe", "1f1b"], default="gpipe", help="default: gpipe")
     costs.add_argument("--precision", choices=["fp32"], default="fp32", help="default: fp32")
-    costs.add_argument("--bandwidth", type=_bandwidth, metavar="RATE", help="of each link, e.g. 12GB/s (default: free)")
+    costs.add_argument(
+        "--bandwidth",
+        type=_bandwidth,
+        metavar="RATE",
+        help="of each link: 12GB/s (bytes), 100Gb/s (bits); default: free",
+    )
     costs.add_argument(
         "--memory", type=_memory, metavar="SIZE", help="what each stage may need, e.g. 24GiB (default: the GPU's)"
     )
     costs.add_argument("--plain", action="store_true", help="only cuts that stock torch does rightly by split_spec")
-    costs.add_argument("--seed", type=whole_number(0), default=0, metavar="S", help="default: 0")
+    costs.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, metavar="S", help="default: 0")
     profile = parser.add_argument_group("the profile")
     profile.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     profile.add_argument("--profile", metavar="FILE", help="plan from this profile, without hardware")
@@ -76,16 +82,24 @@ def run(flags: argparse.Namespace) -> int:
         return 0
     if flags.graph is not None:
         return _plan_graph(flags)
+    with stdout_to_stderr(flags.json):
+        plan, profile, reused, output = _make(flags)
+    _show(flags, plan, profile, reused, output)
+    with stdout_to_stderr(flags.json):
+        return _train(flags, output) if flags.train else 0
+
+
+def _make(flags: argparse.Namespace) -> tuple[Plan, Profile, bool, Path]:
+    """The plan as it was written, its profile, whether that was there already, and the plan's file."""
     request, output = _request(flags), _output(flags)
+    _refuse_bad_targets(flags, output)
     profile, reused = _profile(flags, request, output)
     from planner.planning import plan_profile, relative_to
 
     plan = plan_profile(profile, request)
-    model = replace(plan.model, file=relative_to(str(plan.model.file), output.parent))
-    plan = replace(plan, model=model)
+    plan = replace(plan, model=replace(plan.model, file=relative_to(str(plan.model.file), output.parent)))
     plan.save(output)
-    _show(flags, plan, profile, reused, output)
-    return _train(flags, output) if flags.train else 0
+    return plan, profile, reused, output
 
 
 def _request(flags: argparse.Namespace) -> PlanRequest:
@@ -98,8 +112,6 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         raise UsageError(got, "a plan comes from one of the two", "for example: plan --gpus 4 model.py")
     if flags.objective is not None or flags.no_transfers or flags.cut_at is not None:
         raise UsageError("--objective, --no-transfers or --cut-at", "they go with --graph FILE", "leave them out")
-    if flags.output is not None and flags.output in (flags.profile, (flags.model or "").partition(":")[0]):
-        raise UsageError(f"-o {flags.output}", "the plan may not overwrite what it is made from", "name another file")
     if not flags.train and run_arguments(flags):
         raise UsageError(f"{run_arguments(flags)[0]} without --train", "it says how to train", "add --train")
     return PlanRequest(
@@ -122,12 +134,13 @@ def _plan_graph(flags: argparse.Namespace) -> int:
 
     _refuse_for_graph(flags)
     path = Path(flags.graph)
+    output = Path(f"{path.stem}.plan.json") if flags.output is None else _output(flags)
+    _refuse_bad_targets(flags, output)
     if flags.objective == "bottleneck":
         plan = plan_bottleneck(path, flags.gpus, transfers=not flags.no_transfers, memory_bytes=flags.memory)
     else:
         cut_at = [] if flags.cut_at == "" else flags.cut_at.split(",") if flags.cut_at is not None else None
         plan = plan_schedule(path, flags.gpus, flags.microbatches, cut_at=cut_at, schedule=flags.schedule)
-    output = Path(flags.output) if flags.output is not None else Path(f"{path.stem}.plan.json")
     plan.save(output)
     if flags.json:
         print(plan.to_json(), end="")
@@ -156,7 +169,28 @@ def _refuse_for_graph(flags: argparse.Namespace) -> None:
         raise UsageError("--no-transfers without --objective", "a step has its transfers", "add --objective bottleneck")
 
 
+def _refuse_bad_targets(flags: argparse.Namespace, output: Path) -> None:
+    """Raise UsageError where what is to be written could not be, or would overwrite what it is made from."""
+    from planner.files.reading import refuse_unwritable
+
+    targets = {f"-o {flags.output}" if flags.output else f"the plan {output}": output}
+    if flags.model is not None:
+        targets[f"the profile {profile_path(output)}"] = profile_path(output)
+    if flags.export_weights is not None:
+        targets[f"--export-weights {flags.export_weights}"] = Path(flags.export_weights)
+    sources = [flags.profile, flags.graph, (flags.model or "").partition(":")[0]]
+    inputs = {Path(name).resolve() for name in sources if name}
+    for what, path in targets.items():
+        if path.resolve() in inputs:
+            raise UsageError(what, "the plan may not overwrite what it is made from", "name another file")
+        refuse_unwritable(path, what)
+    if flags.run_dir is not None:
+        refuse_unwritable(Path(flags.run_dir), f"--run-dir {flags.run_dir}", folder=True)
+
+
 def _output(flags: argparse.Namespace) -> Path:
+    if flags.output == "":
+        raise UsageError('-o ""', "it must be a file", "name a file, or leave -o out")
     if flags.output is not None:
         return Path(flags.output)
     name = Path(flags.model.partition(":")[0] if flags.model else flags.profile).name
@@ -216,7 +250,7 @@ def _show(flags: argparse.Namespace, plan: Plan, profile: Profile, reused: bool,
     from planner.rendering import render_plan
 
     if flags.json:
-        print(plan.to_json(), end="")
+        print(plan.to_json(), end="", flush=True)
         return
     if reused:
         print(f"profile of {profile.machine.device_name} reused (--fresh measures again)", file=sys.stderr)
@@ -228,19 +262,22 @@ def _show(flags: argparse.Namespace, plan: Plan, profile: Profile, reused: bool,
 def _train(flags: argparse.Namespace, output: Path) -> int:
     """Run `python -m runner PLAN …` as a child and pass its exit code on."""
     import os
-    import subprocess
+    import signal
+
+    from planner.machine.ending import PASSED_ON, run_child
 
     command = [sys.executable, "-P", "-m", "runner", str(output), *run_arguments(flags)]
     command += ["--device", flags.device] if flags.device else []
     command += ["--debug"] if flags.debug else []
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            continue
+    inherited = {name: value for name, value in os.environ.items() if name != "RANK"}  # with it, runner is a worker
+    code = run_child(command, {**inherited, "PYTHONPATH": path})
+    if -code in PASSED_ON:
+        raise KeyboardInterrupt
+    if code < 0:
+        raise RunError(f"the run was ended by signal {-code} ({signal.Signals(-code).name})")
+    return code
 
 
 def _microbatches(text: str) -> int | None:
@@ -259,15 +296,10 @@ def _memory(text: str) -> int:
 
 
 def _bandwidth(text: str) -> float:
-    """Bytes per second: a number with an optional unit, e.g. 12GB/s, 900MB/s, 50GiB/s."""
-    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    body = text.removesuffix("/s").strip()
-    number = body.rstrip("BKMGTiIkmgtb ")
-    unit = body[len(number) :].strip().upper()
+    """`parse_bandwidth` for argparse."""
+    from planner.bandwidth import parse_bandwidth
+
     try:
-        value = float(number) * units[unit]
-    except (ValueError, KeyError):
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a positive rate such as 12GB/s")
-    return value
+        return parse_bandwidth(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

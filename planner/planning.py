@@ -21,6 +21,7 @@ from planner.files.plan_file import (
     TiedParameter,
     tied_over,
 )
+from planner.files.plan_rules import MAX_SEED
 from planner.files.profile_file import Profile, SizeProfile
 from planner.scheduling.simulation import too_few_microbatches
 
@@ -54,6 +55,10 @@ class PlanRequest:
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise UsageError(f"--gpus {self.gpus}", "a plan has at least one stage", "give --gpus 1 or more")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(
+                f"seed {self.seed}", f"a seed is a whole number from 0 to {MAX_SEED:,}", "give another one"
+            )
         if self.schedule == "1f1b" and self.microbatches is not None and self.microbatches < self.gpus:
             raise too_few_microbatches(self.microbatches, self.gpus)
 

@@ -54,16 +54,17 @@ def run_arguments(flags: argparse.Namespace) -> list[str]:
     return arguments
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers not below `least`, for argparse.
+def whole_number(least: int, most: int = 10**9 - 1) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` to `most`, for argparse.
 
     >>> whole_number(1)("4")
     4
     """
 
     def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}; it must be a whole number, at least {least}")
+        if not re.fullmatch(r"\d{1,40}", text) or not least <= int(text) <= most:
+            above = "" if not re.fullmatch(r"\d+", text) or len(text) < 10 else f" and at most {most:,}"
+            raise argparse.ArgumentTypeError(f"got {text!r}; it must be a whole number, at least {least}{above}")
         return int(text)
 
     return parse

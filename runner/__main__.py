@@ -1,8 +1,10 @@
 """`python -m runner PLAN`: a worker where RANK is set (torchrun sets it), else the launcher."""
 
 import os
+import signal
 import sys
 
+from planner.machine.ending import PARENT, end_with_parent
 from runner.cli import main
 
 if __name__ == "__main__":
@@ -12,4 +14,6 @@ if __name__ == "__main__":
 
         as_worker(worker_main)
     else:
+        if PARENT in os.environ:
+            end_with_parent(signal.SIGTERM)
         sys.exit(main())

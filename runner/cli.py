@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from planner.command import guarded
 from planner.errors import UsageError
@@ -26,7 +27,7 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
     from runner.worker import model_of
 
     plan = Plan.load(options.plan)
-    model_of(options, plan)
+    refuse_bad_targets(options, model_of(options, plan))
     refuse_impossible(options, plan.num_stages)
     if options.against is not None:
         from runner.comparing_cuts import other_plan
@@ -58,3 +59,16 @@ def refuse_impossible(options: RunOptions, num_stages: int) -> None:
                 "every stage needs a device of its own",
                 f"use --device cpu, or plan again with --gpus {max(found, 1)}",
             )
+
+
+def refuse_bad_targets(options: RunOptions, model: str) -> None:
+    """Raise UsageError where what a run of `model` writes could not be written, or would overwrite its sources."""
+    from planner.files.reading import refuse_unwritable
+
+    refuse_unwritable(options.run_dir, f"--run-dir {options.run_dir}", folder=True)
+    weights = options.export_weights
+    if weights is not None:
+        refuse_unwritable(weights, f"--export-weights {weights}")
+        if weights.resolve() in (options.plan.resolve(), Path(model.partition(":")[0]).resolve()):
+            rule = "the weights may not overwrite what they are trained from"
+            raise UsageError(f"--export-weights {weights}", rule, "name another file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,26 @@ RESAMPLES = 2000
 
 
 def other_plan(plan: Plan, against: str) -> Plan:
-    """`plan` with the cuts of its baseline `against`. Raises UsageError where there is none or it is the same."""
+    """`plan` with the cuts of its baseline `against`, but its own times.
+
+    Raises UsageError where there is no such baseline, or it is the same.
+    """
     baseline = plan.baselines.get(against)
     if baseline is None or tuple(cut.before for cut in plan.cuts) == baseline.cuts:
         reason = "has no such baseline" if baseline is None else "has exactly these cuts"
         raise UsageError(f"--against: the plan {reason} ({against})", "two different cuts are compared", "leave it out")
-    return replace(plan, cuts=tuple(Cut(before, (), 0) for before in baseline.cuts))
+    nodes = [node for stage in plan.stages for node in stage.nodes]
+    names = [name for stage in plan.stages for name in stage.names]
+    if any(cut not in nodes for cut in baseline.cuts) or len(baseline.cuts) != len(plan.cuts):
+        got = f"--against {against}: the plan's baseline cuts before {', '.join(baseline.cuts)}"
+        raise UsageError(got, "a baseline cuts before layers of the plan, once less than it has stages", "plan again")
+    bounds = [0, *sorted(nodes.index(cut) for cut in baseline.cuts), len(nodes)]
+    stages = tuple(
+        replace(stage, nodes=tuple(nodes[a:b]), names=tuple(names[a:b]))
+        for stage, (a, b) in zip(plan.stages, pairwise(bounds), strict=True)
+    )
+    cuts = tuple(Cut(str(stage.nodes[0]), (), 0) for stage in stages[1:])
+    return replace(plan, cuts=cuts, stages=stages, plain_chain=False, why_not="only compared", split_specification=None)
 
 
 def compare_cuts(context: RunContext) -> SpeedUp | None:

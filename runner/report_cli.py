@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from planner.command import guarded
 from planner.errors import UsageError
@@ -15,16 +15,19 @@ from planner.version import version
 
 if TYPE_CHECKING:
     from planner.files.plan_file import Plan
+    from planner.files.profile_file import Profile
+
+KINDS = ("plan", "profile", "measurement")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `plan-report`."""
     parser = argparse.ArgumentParser(
         prog="plan-report",
-        description="Show a plan, or a measurement with its plan, on the terminal, as HTML, as JSON,"
-        " or as a Chrome trace of the predicted and the measured step (perfetto: open it in ui.perfetto.dev).",
+        description="Show a plan, a profile or a measurement; a measurement held against its plan; or compare two"
+        " files of a kind. perfetto: a Chrome trace of the predicted (and measured) step, for ui.perfetto.dev.",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="PLAN, or MEASUREMENT and PLAN in any order")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="one or two files that plan and run-plan wrote")
     parser.add_argument("--format", choices=["text", "html", "json", "perfetto"], default="text", help="default: text")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of the terminal")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -52,27 +55,87 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def render(files: Sequence[Path], kind: str) -> str:
-    """The files as text, HTML, JSON or a Chrome trace."""
-    found = {schema_of(path): path for path in files}
-    plan_file, measurement_file = found.get("plan"), found.get("measurement")
-    if plan_file is None or len(found) != len(files):
-        got = ", ".join(found)
-        raise UsageError(
-            f"files of kind {got}", "a plan, or a measurement and its plan, can be shown", "name both files"
-        )
-    from planner.files.plan_file import Plan
-    from planner.rendering import render_plan
-    from runner.reporting.chrome_trace import render_predicted_trace
+    """The files as text, HTML, JSON or a Chrome trace. Raises UsageError for files that cannot be shown together, or not so."""
+    found = sorted(((schema_of(path), path) for path in files), key=lambda pair: KINDS.index(pair[0]))
+    names, paths = [name for name, _ in found], [path for _, path in found]
+    if names == ["plan", "measurement"]:
+        return render_comparison(_seen_plan(paths[0]), paths[1], kind)
+    if kind == "perfetto" and names == ["plan"]:
+        from runner.reporting.chrome_trace import render_predicted_trace
 
-    plan = Plan.load(plan_file)
-    seen = plan.seen_from_here(plan_file.parent)
-    if measurement_file is None:
-        if kind == "html":
-            raise UsageError("a plan alone", "the HTML report holds a measurement against its plan", "name both files")
-        if kind == "perfetto":
-            return render_predicted_trace(plan)
-        return plan.to_json() if kind == "json" else render_plan(seen, None) + "\n"
-    return render_comparison(seen, measurement_file, kind)
+        return render_predicted_trace(_seen_plan(paths[0]))
+    if len(found) == 1 and kind in ("text", "json"):
+        return _render_one(names[0], paths[0], kind)
+    if len(found) == 2 and kind == "text":
+        return _render_two(names, paths if names[0] != names[1] else list(files))
+    if kind == "html":
+        rule = "the HTML report holds a measurement against its plan"
+        raise UsageError(f"--format html of {' and '.join(names)}", rule, "name both files")
+    rule = "one file is shown; two of a kind are compared, and a plan with its profile or measurement, as text"
+    raise UsageError(f"--format {kind} of {' and '.join(names)}", rule, "name one file, or two for --format text")
+
+
+def _render_one(name: str, path: Path, kind: str) -> str:
+    """A plan, a profile or a measurement alone."""
+    value = _load(name, path)
+    if kind == "json":
+        return path.read_text(encoding="utf-8")
+    if name == "plan":
+        from planner.rendering import render_plan
+
+        return render_plan(_seen_plan(path), None) + "\n"
+    if name == "profile":
+        from planner.rendering.profile_text import render_profile
+
+        return render_profile(value) + "\n"
+    from runner.reporting.measurement_text import render_measurement
+
+    return render_measurement(value) + "\n"
+
+
+def _render_two(names: Sequence[str], paths: Sequence[Path]) -> str:
+    """Two of a kind beside each other, or a plan with the profile that it was made from."""
+    pair = [_load(name, path) for name, path in zip(names, paths, strict=True)]
+    shown = [str(path) for path in paths]
+    if names == ["plan", "plan"]:
+        from planner.rendering.side_by_side import compare_plans
+
+        return compare_plans(pair, shown) + "\n"
+    if names == ["profile", "profile"]:
+        from planner.rendering.side_by_side import compare_profiles
+
+        return compare_profiles(pair, shown) + "\n"
+    if names == ["measurement", "measurement"]:
+        from runner.reporting.measurement_text import compare_measurements
+
+        return compare_measurements(pair, shown) + "\n"
+    if names == ["plan", "profile"]:
+        return _render_plan_with_profile(_seen_plan(paths[0]), pair[1]) + "\n"
+    raise UsageError(f"files of kind {' and '.join(names)}", "they have nothing to be held against", "name one of them")
+
+
+def _render_plan_with_profile(plan: Plan, profile: Profile) -> str:
+    from planner.planning import limit_line
+    from planner.rendering import render_plan
+
+    if plan.model.fingerprint not in {size.fingerprint for size in profile.sizes}:
+        raise UsageError("the plan was not made from this profile", "the two belong together", "name its own profile")
+    return render_plan(plan, profile, limit_line=limit_line(plan, profile))
+
+
+def _load(name: str, path: Path) -> Any:
+    from planner.files.measurement_file import Measurement
+    from planner.files.plan_file import Plan
+    from planner.files.profile_file import Profile
+
+    return {"plan": Plan.load, "profile": Profile.load, "measurement": Measurement.load}[name](path)
+
+
+def _seen_plan(path: Path) -> Plan:
+    """The plan with its model file named as the current directory sees it."""
+    from planner.files.plan_file import Plan
+
+    return Plan.load(path).seen_from_here(path.parent)
 
 
 def render_comparison(plan: Plan, measurement_file: Path, kind: str) -> str:
@@ -102,19 +165,19 @@ def render_comparison(plan: Plan, measurement_file: Path, kind: str) -> str:
 
 
 def schema_of(path: Path) -> str:
-    """ "plan", "profile", "measurement" or "layer-graph", from the file's schema. Raises FileError."""
+    """ "plan", "profile" or "measurement", from the file's schema. Raises FileError."""
     from planner.errors import FileError
 
     try:
         schema = json.loads(path.read_text(encoding="utf-8")).get("schema", "")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise FileError(
             f"cannot read {path}: {error}", "plan-report shows files that plan and run-plan wrote"
         ) from None
     parts = str(schema).split("/")
-    if len(parts) != 3 or parts[0] != "evenstage":
+    if len(parts) != 3 or parts[0] != "evenstage" or parts[1] not in KINDS:
         raise FileError(
-            f"{path} has schema {schema!r}", "it must be a file that plan or run-plan wrote", "check the path"
+            f"{path} has schema {schema!r}", "it must be a plan, a profile or a measurement", "check the path"
         )
     return parts[1]
 

@@ -144,6 +144,10 @@ def _stock_pipe(plan: Plan, model: nn.Module, args: tuple[Any, ...], kwargs: dic
     from torch.distributed.pipelining import SplitPoint
 
     assert all(point is SplitPoint.BEGINNING for point in spec.values())
+    modules = dict(model.named_modules())
+    if unknown := [name for name in spec if name not in modules]:
+        rule = "split_spec names modules of the model that was planned"
+        raise TraceError(f"the model has no module {unknown[0]!r}", rule, "make the plan again")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pipeline(model, args, kwargs, split_spec=spec)

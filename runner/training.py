@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.utils._pytree import tree_leaves, tree_map
 
-from planner.errors import ModelFileError, RunError, user_frames
+from planner.errors import ModelFileError, RunError
 from planner.files.plan_file import Plan
 from planner.machine.device import Device
 from planner.tracing.loading import ModelSource, as_call, checked_batch, make_batch, rows, seed_everything
 from planner.tracing.tied_gradients import sum_tied_gradients
+from planner.tracing.user_functions import defined_at
 from runner.exact_ties import ExactTies
 from runner.measuring import StageRecorder, StepSamples, measure_peak_memory, resting_bytes
 from runner.stages import BuiltStage
@@ -65,20 +66,7 @@ class Trainer:
     def _loss(self, output: Any, row_numbers: torch.Tensor) -> torch.Tensor:
         """The user's loss on the rows of the batch that this microbatch holds."""
         start, stop = int(row_numbers[0]), int(row_numbers[-1]) + 1
-        try:
-            loss = self.source.loss_fn(self.built.rebuild_output(output), rows(self.targets, start, stop))
-        except Exception as error:
-            raise ModelFileError(
-                f"{self.source.file.name}: loss_fn failed with {type(error).__name__}: {error}",
-                "loss_fn takes the model's output and the targets of one microbatch",
-                "correct the line shown",
-                user_frames(error, self.source.file),
-            ) from error
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise ModelFileError(
-                f"{self.source.file.name}: loss_fn returned {_described(loss)}", "it returns a scalar tensor"
-            )
-        return loss
+        return self.source.loss_fn(self.built.rebuild_output(output), rows(self.targets, start, stop))
 
     def step(
         self,
@@ -180,10 +168,6 @@ class Trainer:
         return float(values.mean() if self.source.loss_reduction == "mean" else values.sum())
 
 
-def _described(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
 def _on_device(tree: Any, device: Device) -> Any:
     return tree_map(lambda t: t.to(device.torch_device) if isinstance(t, torch.Tensor) else t, tree)
 
@@ -214,8 +198,9 @@ def training_batches(
         if step == before:
             raise ModelFileError(
                 f"{source.file.name}: batches({plan.batch_size}) gave no batch of {plan.batch_size} samples",
-                "every epoch has at least one full batch",
+                "every epoch has at least one full batch, and batches starts a new epoch every time it is called",
                 "give more data or plan with a smaller --batch-size",
+                defined_at(source.batches, source.file),
             )
 
 

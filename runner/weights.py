@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from planner.errors import FileError
+from planner.files.reading import replacing
 from runner.stages import BuiltStage
 
 
@@ -62,14 +62,12 @@ def gather_weights(built: BuiltStage) -> dict[str, torch.Tensor] | None:
 
 def write_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write `weights` as safetensors, complete or not at all. Raises FileError where the disk refuses."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(temporary))
-        os.replace(temporary, path)
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        rule = "the folder must be writable and the disk not full"
-        raise FileError(f"cannot write {path}: {error}", rule, "free space or give another path") from error
+    with replacing(path) as temporary:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(temporary))
+        except SafetensorError as error:
+            rule = "the folder must be writable and the disk not full"
+            raise FileError(f"cannot write {path}: {error}", rule, "free space or give another path") from error

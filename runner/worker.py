@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import UsageError
+from planner.errors import FileError, UsageError
 
 if TYPE_CHECKING:
     from planner.files.measurement_file import CheckResult, SpeedUp
@@ -52,9 +52,10 @@ def open_context(options: RunOptions) -> RunContext:
     from planner.files.plan_file import Plan
     from planner.machine.device import choose_device
     from planner.tracing.loading import load_source
+    from runner.cli import refuse_bad_targets
 
     plan = Plan.load(options.plan)
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    world, rank = _whole_from_environment("WORLD_SIZE"), _whole_from_environment("RANK")
     if world != plan.num_stages:
         raise UsageError(
             f"{world} workers for a plan of {plan.num_stages} stages",
@@ -65,9 +66,21 @@ def open_context(options: RunOptions) -> RunContext:
     device = choose_device(options.device, int(os.environ.get("LOCAL_RANK", rank)))
     if device.clock == "thread-cpu":
         torch.set_num_threads(1)
+    if rank == 0:
+        refuse_bad_targets(options, model_of(options, plan))
     backend = "gloo" if device.clock == "thread-cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
     return RunContext(options, plan, source, device, rank)
+
+
+def _whole_from_environment(name: str) -> int:
+    """A number that torchrun sets. Raises UsageError where it, or the address of the group, is missing."""
+    missing = [each for each in (name, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(each)]
+    if missing or not os.environ[name].isdecimal():
+        got = f"RANK is set, but {missing[0]} is not" if missing else f"{name} is {os.environ[name]!r}"
+        rule = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT belong together; torchrun sets them for each worker"
+        raise UsageError(got, rule, "start it with torchrun, or unset RANK to start all workers here")
+    return int(os.environ[name])
 
 
 def model_of(options: RunOptions, plan: Plan) -> str:
@@ -99,9 +112,13 @@ def run(context: RunContext) -> None:
     trainer = Trainer(plan, context.source, built, context.device, exact_ties=exact)
     reference = _reference(context, trainer) if options.check else None
     results = train(context, trainer, reference)
-    check = _finish_check(context, trainer, reference)
+    check, not_exported = _finish_check(context, trainer, reference)
     speed_up = compare_cuts(context) if options.against else None
-    _report(context, results, check, speed_up)
+    try:
+        _report(context, results, check, speed_up)
+    finally:
+        if not_exported is not None:
+            raise not_exported
 
 
 def _reference(context: RunContext, trainer: Trainer) -> Reference | None:
@@ -185,20 +202,26 @@ def _loss_of_last_stage(trainer: Trainer) -> float:
     return float(value)
 
 
-def _finish_check(context: RunContext, trainer: Trainer, reference: Reference | None) -> CheckResult | None:
-    """Compare and export the weights; collective over all ranks."""
+def _finish_check(
+    context: RunContext, trainer: Trainer, reference: Reference | None
+) -> tuple[CheckResult | None, FileError | None]:
+    """Compare and export the weights; collective over all ranks. Also returns why they could not be exported."""
     from runner.weights import gather_weights, write_weights
 
     options = context.options
     if not options.check and options.export_weights is None:
-        return None
+        return None, None
     weights = gather_weights(trainer.built)
+    not_exported = None
     if weights is not None and options.export_weights is not None:
-        write_weights(options.export_weights, weights)
+        try:
+            write_weights(options.export_weights, weights)
+        except FileError as error:
+            not_exported = error
     if reference is None or weights is None:
-        return None
+        return None, not_exported
     reference.compare_parameters(weights, reference.steps)
-    return reference.result(trainer.built.num_dropouts_removed > 0)
+    return reference.result(trainer.built.num_dropouts_removed > 0), not_exported
 
 
 def _report(

@@ -52,7 +52,7 @@ def write_run(
     tolerance = context.options.tolerance
     if tolerance is not None and not report.within_tolerance(tolerance):
         raise ToleranceError(
-            f"the prediction is off by more than {tolerance:.1%}",
+            f"the prediction is off by more than {tolerance * 100:.4g} %",
             "with --tolerance every stage's share of forward and of backward must be predicted within it",
             "plan again with --fresh on a quieter machine, or allow more",
         )

@@ -35,6 +35,14 @@ def sabotage(kind: str) -> None:
             return aliases
 
         rewriting._bind_inputs = swapped
+    if kind == "disk":
+        import runner.weights as weights
+        from planner.errors import FileError
+
+        def full(path, _):
+            raise FileError(f"cannot write {path}: No space left on device")
+
+        weights.write_weights = full
 
 
 if __name__ == "__main__":

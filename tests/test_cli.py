@@ -1,5 +1,6 @@
 """The commands as a user types them: plan, run-plan, plan-report; help, bad input, exit codes."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -196,6 +197,28 @@ def test_candidates_are_the_divisors_from_the_number_of_stages_up():
     assert candidate_counts(2, PlanRequest(gpus=4)) == (2,)
 
 
-@pytest.mark.parametrize(("text", "value"), [("12GB/s", 12e9), ("900MB/s", 9e8), ("1GiB/s", 2**30), ("5e9", 5e9)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12GB/s", 12e9),
+        ("900MB/s", 9e8),
+        ("1GiB/s", 2**30),
+        ("5e9", 5e9),
+        ("100Gb/s", 12.5e9),
+        ("100 Gbit/s", 12.5e9),
+        ("25Gbps", 3.125e9),
+        ("8Mib/s", 2**20),
+        ("10GBps", 1e10),
+        ("64kB/s", 64e3),
+    ],
+)
 def test_bandwidths_are_read_with_their_units(text, value):
     assert _bandwidth(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["100gb/s", "100G", "100G/s", "12mB/s", "0GB/s", "-1GB/s", "1e999", "1.2.3GB/s", "GB/s", ""]
+)
+def test_bandwidths_that_leave_bits_or_bytes_open_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"12GB/s.*100Gb/s"):
+        _bandwidth(text)

@@ -45,6 +45,8 @@ def test_another_entry_can_be_named(tmp_path):
         ("import torch\nraise ValueError('no data')\n", "ValueError: no data", "correct the line"),
         ("import nothing_of_that_name\n", "ModuleNotFoundError", "correct the line"),
         (WHOLE + "BATCH_SIZE = 0\n", "BATCH_SIZE is 0", "correct it"),
+        (WHOLE + "BATCH_SIZE = True\n", "BATCH_SIZE is True", "correct it"),
+        ("import sys\nsys.exit(3)\n", "SystemExit: 3", "correct the line"),
         (WHOLE + "LOSS_REDUCTION = 'max'\n", "LOSS_REDUCTION is 'max'", "correct it"),
     ],
 )
@@ -69,7 +71,7 @@ def test_missing_file_names_the_example(tmp_path):
 @pytest.mark.parametrize(
     ("body", "got"),
     [
-        ("return torch.randn(batch_size, 2)", "returned Tensor"),
+        ("return torch.randn(batch_size, 2)", "returned a tensor of shape (4, 2)"),
         ("return torch.randn(3, 2), torch.randn(batch_size, 1)", "shapes (3, 2), (4, 1)"),
         ("return 1, torch.randn(batch_size, 1)", "without a tensor"),
         ("return torch.tensor(1.0), torch.randn(batch_size, 1)", "shapes (), (4, 1)"),

@@ -127,14 +127,18 @@ def test_the_page_of_a_plan_that_is_no_plain_chain() -> None:
 
 def test_everything_that_comes_from_a_file_is_escaped() -> None:
     plan = sample_plan()
-    stages = tuple(replace(s, names=(EVIL, *s.names[1:]), nodes=(EVIL, *s.nodes[1:])) for s in plan.stages)
+    evil = [f"{EVIL}{stage.index}" for stage in plan.stages]
+    stages = tuple(
+        replace(s, names=(name, *s.names[1:]), nodes=(name, *s.nodes[1:]))
+        for s, name in zip(plan.stages, evil, strict=True)
+    )
     plan = replace(
         plan,
         model=PlannedModel(f"{EVIL}.py", EVIL, EVIL, entry=EVIL),
         solver=replace(plan.solver, name=EVIL),
         why_not=EVIL,
-        split_specification={EVIL: "beginning"},
-        cuts=tuple(Cut(EVIL, (EVIL,), 8) for _ in plan.cuts),
+        split_specification=dict.fromkeys(evil[1:], "beginning"),
+        cuts=tuple(Cut(name, (EVIL,), 8) for name in evil[1:]),
         stages=stages,
         baselines={EVIL: Baseline(300.0, 300.0, False, (EVIL,))},
         machine=Machine("cpu", EVIL, 2, {EVIL: EVIL}),

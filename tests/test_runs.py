@@ -66,8 +66,16 @@ def test_plan_report_shows_a_run_again(finished):
     assert html.returncode == 0 and (folder / "again.html").read_text() == (folder / "run" / "report.html").read_text()
     trace = command(*files, "--format", "perfetto", module="runner.report_cli", cwd=folder)
     assert trace.returncode == 0 and trace.stdout == (folder / "run" / "trace.json").read_text()
-    wrong = command("run/measurement.json", module="runner.report_cli", cwd=folder)
+    wrong = command("run/measurement.json", "--format", "html", module="runner.report_cli", cwd=folder)
     assert wrong.returncode == 2 and "name both files" in wrong.stderr
+
+
+def test_one_step_is_a_run(finished, tmp_path):
+    ended = command(finished[0] / "x.plan.json", "--steps", 1, "--run-dir", "run", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    measurement = Measurement.load(tmp_path / "run" / "measurement.json")
+    assert [step.step for step in measurement.steps] == [0]
+    assert all(stage.samples == 4 and stage.measured.forward_ms > 0 for stage in measurement.stages)
 
 
 def test_torchrun_is_another_launcher(finished, tmp_path):
@@ -79,12 +87,13 @@ def test_torchrun_is_another_launcher(finished, tmp_path):
 def test_a_wrong_world_size_is_exit_2_with_the_remedy(finished, tmp_path):
     ended = torchrun(3, "-m", "runner", finished[0] / "x.plan.json", "--steps", 2, "--run-dir", tmp_path, cwd=tmp_path)
     assert ended.returncode != 0 and "3 workers for a plan of 2 stages" in ended.stderr
+    assert "remedy: start 2 processes, or plan again with --gpus 3" in ended.stderr
 
 
 def test_tolerance_is_exit_3(finished, tmp_path):
     plan = finished[0] / "x.plan.json"
     ended = command(plan, "--steps", 2, "--tolerance", "1%", "--run-dir", tmp_path, cwd=tmp_path)
-    assert ended.returncode == 3 and "off by more than 1.0%" in ended.stderr
+    assert ended.returncode == 3 and "off by more than 1 %" in ended.stderr
     assert (tmp_path / "measurement.json").exists()
 
 

@@ -44,6 +44,14 @@ def test_lost_neighbours_are_not_the_cause():
     assert "worker 1 failed: ZeroDivisionError" in str(explain_failure(left, {0: 1, 1: 1}))
 
 
+def test_the_signal_handlers_are_as_they_were_after_a_run():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(CheckError):
+        run("check")
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 def children_of(pid):
     listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
     pairs = [line.split() for line in listing.splitlines()[1:]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner.errors import FileError, UsageError
+from planner.files.plan_rules import refuse_bad_stage, refuse_contradictions
 from planner.files.profile_file import Machine
 from planner.files.reading import decode, dump_json, read_json, write_text
 
@@ -88,6 +89,9 @@ class Stage:
     parameter_bytes: int
     peak_memory_bytes: int | None = None
     memory: StageMemory | None = None
+
+    def __post_init__(self) -> None:
+        refuse_bad_stage(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,16 +170,7 @@ class Plan:
     memory_limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if len(self.stages) != len(self.cuts) + 1:
-            raise FileError(
-                f"the plan has {len(self.stages)} stages and {len(self.cuts)} cuts",
-                "there is one stage more than there are cuts",
-                "make the plan again",
-            )
-        if self.num_microbatches < 1 or self.microbatch_size < 1:
-            raise FileError(
-                "a plan without microbatches", "at least one microbatch of one sample", "make the plan again"
-            )
+        refuse_contradictions(self)
 
     def seen_from_here(self, folder: Path) -> Plan:
         """This plan, which lies in `folder`, with its model file named as the current directory sees it."""
@@ -219,7 +214,10 @@ class Plan:
         data = read_json(Path(path), SCHEMA)
         if "split_spec" in data:
             data["split_specification"] = data.pop("split_spec")
-        return decode(Plan, data, "plan")
+        try:
+            return decode(Plan, data, "plan")
+        except FileError as error:
+            raise FileError(f"{path}: {error.got}", error.rule, error.remedy) from None
 
     def split_spec(self) -> dict[str, SplitPoint]:
         """The plan as `split_spec` for `torch.distributed.pipelining.pipeline`.

@@ -183,7 +183,10 @@ class SizeProfile:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Everything that planning needs to know about a model on a kind of device."""
+    """Everything that planning needs to know about a model on a kind of device.
+
+    `training` is the digest of what is trained and how (planner/tracing/training_digest.py).
+    """
 
     model: ModelReference
     machine: Machine
@@ -194,6 +197,7 @@ class Profile:
     concurrent_copies: int
     sizes: tuple[SizeProfile, ...]
     why_not_plain: str = ""
+    training: str = ""
 
     def size(self, microbatch_size: int) -> SizeProfile:
         """The measurements at `microbatch_size`. Raises FileError where that size was not profiled."""

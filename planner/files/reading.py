@@ -6,19 +6,23 @@ Values are frozen dataclasses. `decode` builds them from JSON by their type hint
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
+import secrets
+import stat
 import tempfile
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from planner.errors import FileError
+from planner.errors import FileError, UsageError
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_DEPTH = 32
@@ -199,19 +203,56 @@ def dump_json(value: Any, schema: str) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the new one, never half of either."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file to write, which takes the place of `path` when the block ends well, and vanishes otherwise.
+
+    Links are followed, and the mode of the old file is kept; a new one gets that of the umask. Raises FileError where
+    the disk refuses, or where `path` is a folder or a device.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise FileError(f"cannot write {path}: it is not a file", "a file is written", "give the path of a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{secrets.token_hex(6)}.tmp")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            mode = (target if target.exists() else temporary).stat().st_mode
+            yield temporary
+            os.chmod(temporary, stat.S_IMODE(mode))
+            os.replace(temporary, target)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        rule = "the folder must be writable and the disk not full"
-        raise FileError(f"cannot write {path}: {error.strerror}", rule, "free space or give another path") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        rule = "the disk must not be full" if full else "it must be a file in a folder that can be written"
+        remedy = "free space or give another path" if full else "give another path"
+        raise FileError(f"cannot write {path}: {error.strerror}", rule, remedy) from None
+
+
+def refuse_unwritable(path: Path, what: str, *, folder: bool = False) -> None:
+    """Raise UsageError where a later write to the file (or into the `folder`) `path` is bound to fail.
+
+    `what` names it as the person did, e.g. "-o x.json". Nothing is created but a nameless file, for a moment.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_dir() if folder else target.is_file()):
+        got = "is a folder" if target.is_dir() else "is a file" if target.is_file() else "is a device"
+        raise UsageError(f"{what} {got}", f"it must be a {'folder' if folder else 'file'}", "give another path")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise UsageError(f"{what} is write-protected", "it must be possible to write it", "give another path")
+    existing = target if target.is_dir() else next(parent for parent in target.parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        rule = f"files must be able to be written in {existing}"
+        raise UsageError(f"{what} cannot be written: {error.strerror}", rule, "give another path") from None

@@ -7,7 +7,6 @@ raised there again; everything else is named by rank. A worker asks the kernel t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -19,32 +18,32 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from planner import errors
 from planner.errors import PlannerError, RunError
+from planner.machine.ending import PARENT, end_with_parent, signals_handled
 
 ERROR_FOLDER = "EVENSTAGE_ERROR_FOLDER"
 SECONDARY = re.compile(
     r"Connection (closed|reset) by peer|Timed out waiting|Application timeout|Pair is not connected|"
     r"Broken pipe|failed to connect|Connection refused"
 )
-PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent() -> None:
-    """Ask the kernel (Linux) to kill this process when its parent ends; let Ctrl-C end it by default means."""
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6", use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+NO_HANDLERS = {"TORCHELASTIC_SIGNALS_TO_HANDLE": ""}
+LAUNCHER_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
+ENDING_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
+)
 
 
 def as_worker(main: Callable[[], None]) -> None:
-    """Run a worker's `main` and end the process: with 0, or with 1 and what went wrong where the parent looks for it.
+    """Run a worker's `main` and end the process: with 0, or with the error's exit code and the error for its parent.
 
     The interpreter is not torn down: threads of the process group that are still open would abort it now and then.
     """
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         main()
         _leave_together()
@@ -52,7 +51,7 @@ def as_worker(main: Callable[[], None]) -> None:
         _leave_error(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        _end_process(1)
+        _end_process(error.exit_code if isinstance(error, PlannerError) else 1)
     _end_process(0)
 
 
@@ -98,7 +97,8 @@ def _cause(error: BaseException) -> str:
 def run_workers(module: str, arguments: Sequence[str], num_workers: int, environment: dict[str, str]) -> None:
     """Run `python -m module arguments…` on `num_workers` local ranks and wait for all of them.
 
-    Raises the error that caused the end (ours as it was, others as RunError naming the rank), or KeyboardInterrupt.
+    Raises the error that caused the end (ours as it was, others as RunError naming the rank), or KeyboardInterrupt
+    where a signal ended it. torch's launcher would leave its signal handlers behind, so that none of them is installed.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing import api as multiprocessing
@@ -108,7 +108,7 @@ def run_workers(module: str, arguments: Sequence[str], num_workers: int, environ
     multiprocessing.PContext.close.__defaults__ = (None, 4)  # torch's own grace for a stopped worker is 30 s
     with (
         tempfile.TemporaryDirectory(prefix="evenstage-") as folder,
-        _environment({**environment, ERROR_FOLDER: folder}),
+        _environment({**environment, ERROR_FOLDER: folder, PARENT: str(os.getpid()), **NO_HANDLERS}),
     ):
         configuration = LaunchConfig(
             min_nodes=1,
@@ -122,12 +122,21 @@ def run_workers(module: str, arguments: Sequence[str], num_workers: int, environ
             log_line_prefix_template="",
         )
         try:
-            with _quiet_launcher():
+            with _quiet_launcher(), signals_handled(ENDING_SIGNALS, _end_launcher):
                 elastic_launch(configuration, sys.executable)("-P", "-m", module, *arguments)
         except ChildFailedError as failure:
             raise explain_failure(read_errors(Path(folder)), _exit_codes(failure)) from None
         except SignalException:
             raise KeyboardInterrupt from None
+
+
+def _end_launcher(number: int, _: FrameType | None) -> None:
+    """End the launcher as its own handler would, but only once: what follows is its clearing up."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    for each in ENDING_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise SignalException(f"signal {number}", signal.Signals(number))
 
 
 def _exit_codes(failure: Any) -> dict[int, int]:
@@ -154,13 +163,15 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_launcher() -> Iterator[None]:
     """The launcher logs every end of a worker; we say it in our own words."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(LAUNCHER_LOGGERS)]
+    levels = {name: logging.getLogger(name).level for name in names}
     try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def read_errors(folder: Path) -> dict[int, dict[str, Any]]:

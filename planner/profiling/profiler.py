@@ -107,7 +107,10 @@ def reusable(
     from planner.machine.device import choose_device, describe_machine
     from planner.tracing.exporting import trace_model
     from planner.tracing.loading import as_call, build, load_source, make_batch, rows
+    from planner.tracing.training_digest import training_digest
 
+    if not profile.training:
+        return "it does not say what was trained and how"
     if profile.batch_size != batch_size:
         return f"it was made for batches of {profile.batch_size}"
     missing = set(sizes) - {size.microbatch_size for size in profile.sizes}
@@ -120,7 +123,10 @@ def reusable(
     inputs, _ = make_batch(source, seed, 0, batch_size)
     smallest = min(profile.sizes, key=lambda size: size.microbatch_size)
     trace = trace_model(build(source, seed), *as_call(rows(inputs, 0, smallest.microbatch_size)))
-    return "" if trace.fingerprint == smallest.fingerprint else "the model has changed since"
+    if trace.fingerprint != smallest.fingerprint:
+        return "the model has changed since"
+    same = profile.training == training_digest(source, trace.graph_module)
+    return "" if same else "what is trained, the loss or the optimizer has changed since"
 
 
 def load_if_fitting(path: Path, **wanted: object) -> tuple[Profile | None, str]:

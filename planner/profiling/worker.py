@@ -55,6 +55,7 @@ def main() -> None:
 
 def _write(request: ProfileRequest, source: ModelSource, sizes: Any, machine: Any, seconds: float) -> None:
     from planner.files.profile_file import Profile
+    from planner.tracing.training_digest import training_digest
 
     traced, layers = sizes[0][0], sizes[0][1].layers
     Profile(
@@ -67,6 +68,7 @@ def _write(request: ProfileRequest, source: ModelSource, sizes: Any, machine: An
         concurrent_copies=request.copies,
         sizes=tuple(size for _, size in sizes),
         why_not_plain=traced.why_not_plain,
+        training=training_digest(source, traced.graph_module),
     ).save(Path(sys.argv[2]))
 
 
@@ -96,7 +98,7 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
     """Trace and time the model at one microbatch size."""
     import torch.distributed as dist
 
-    from planner.errors import ProfileError, user_frames
+    from planner.errors import PlannerError, ProfileError, user_frames
     from planner.files.profile_file import SizeMemory, SizeProfile
     from planner.profiling.memory import layer_memory, track_step
     from planner.profiling.optimizer_memory import track_optimizer
@@ -104,6 +106,7 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
     from planner.tracing.exporting import trace_model
     from planner.tracing.loading import as_call, build, make_batch, rows
     from planner.tracing.pieces import build_pieces
+    from planner.tracing.user_functions import written_in_place
 
     model = build(source, request.seed).to(device.torch_device)
     batch = _to(make_batch(source, request.seed, 0, request.batch_size), device)
@@ -113,9 +116,13 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
     meet = _Meeting(request, size)
     try:
         samples = time_layers(pieces, microbatches, source.loss_fn, device, request.num_rounds, meet)
+    except PlannerError:
+        raise
     except Exception as error:
+        if (explained := written_in_place(source.file, error)) is not None:
+            raise explained from error
         raise ProfileError(
-            f"{source.name} exported but did not run: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"{source.name} exported but did not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             "forward, loss_fn and backward must run on one microbatch",
             "correct the line shown" if user_frames(error, source.file) else "run again with --debug",
             user_frames(error, source.file),

@@ -71,11 +71,7 @@ def proof(plan: Plan) -> str:
     if distance is None:
         return f"{solved}: {plan.status}, without a bound"
     if plan.status == "optimal":
-        return (
-            f"{solved}: optimal (bound = {what})"
-            if distance < 5e-5
-            else f"{solved}: optimal within {distance * 100:.2f} %"
-        )
+        return f"{solved}: optimal (bound = {what})"
     return f"{solved}: feasible, at most {format_percent(distance)} from optimal"
 
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from planner.errors import ModelFileError, user_frames
+from planner.errors import ModelFileError
+from planner.tracing.user_functions import (
+    checked_batches,
+    checked_loss,
+    checked_optimizer,
+    defined_at,
+    described,
+    failed,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -63,14 +71,15 @@ def load_source(specification: str) -> ModelSource:
     reduction: Any = getattr(module, "LOSS_REDUCTION", "mean")
     if reduction not in ("mean", "sum"):
         raise ModelFileError(f"{file.name}: LOSS_REDUCTION is {reduction!r}", 'it is "mean" or "sum"', "correct it")
+    batches = getattr(module, "batches", None)
     return ModelSource(
         file=file,
         entry=entry,
         build_model=getattr(module, entry),
         make_batch=module.make_batch,
-        loss_fn=module.loss_fn,
-        make_optimizer=getattr(module, "make_optimizer", default_optimizer),
-        batches=getattr(module, "batches", None),
+        loss_fn=checked_loss(file, module.loss_fn),
+        make_optimizer=checked_optimizer(file, getattr(module, "make_optimizer", default_optimizer)),
+        batches=None if batches is None else checked_batches(file, batches),
         reference_loss=getattr(module, "reference_loss", None),
         batch_size=_batch_size(file, module),
         loss_reduction=reduction,
@@ -101,7 +110,7 @@ def _import_file(file: Path) -> ModuleType:
         specification.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
-        raise _failed(file, "loading the file", error) from error
+        raise failed(file, "loading the file", error) from error
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
@@ -118,20 +127,9 @@ def _missing(file: Path, wanted: str, required: str) -> ModelFileError:
     )
 
 
-def _failed(file: Path, doing: str, error: BaseException) -> ModelFileError:
-    text = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    return ModelFileError(
-        f"{file.name}: {doing} failed with {reason}",
-        "the model file runs without errors",
-        "correct the line shown",
-        user_frames(error, file),
-    )
-
-
 def _batch_size(file: Path, module: ModuleType) -> int | None:
     size = getattr(module, "BATCH_SIZE", None)
-    if size is not None and (not isinstance(size, int) or size < 1):
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ModelFileError(f"{file.name}: BATCH_SIZE is {size!r}", "it is a whole number, at least 1", "correct it")
     return size
 
@@ -160,13 +158,14 @@ def build(source: ModelSource, seed: int) -> torch.nn.Module:
     seed_everything(seed)
     try:
         model = source.build_model()
-    except Exception as error:
-        raise _failed(source.file, f"{source.entry}()", error) from error
+    except (Exception, SystemExit) as error:
+        raise failed(source.file, f"{source.entry}()", error) from error
     if not isinstance(model, torch.nn.Module):
         raise ModelFileError(
-            f"{source.file.name}: {source.entry}() returned {type(model).__name__}",
+            f"{source.file.name}: {source.entry}() returned {described(model)}",
             "it returns a torch.nn.Module",
             f"return the model from {source.entry}()",
+            defined_at(source.build_model, source.file),
         )
     return model
 
@@ -180,8 +179,8 @@ def make_batch(source: ModelSource, seed: int, step: int, batch_size: int) -> tu
     seed_everything(seed + 1 + step)
     try:
         batch = source.make_batch(batch_size)
-    except Exception as error:
-        raise _failed(source.file, f"make_batch({batch_size})", error) from error
+    except (Exception, SystemExit) as error:
+        raise failed(source.file, f"make_batch({batch_size})", error) from error
     return checked_batch(source, batch, batch_size)
 
 
@@ -190,22 +189,29 @@ def checked_batch(source: ModelSource, batch: Any, batch_size: int | None) -> tu
     import torch
     from torch.utils._pytree import tree_leaves
 
+    function: Callable[..., Any] = source.make_batch
+    made = f"{source.file.name}: make_batch({batch_size})"
+    if batch_size is None and source.batches is not None:
+        function, made = source.batches, f"{source.file.name}: batches"
+        batch = tuple(batch) if isinstance(batch, list) else batch  # a DataLoader collates pairs into lists
+    where = defined_at(function, source.file)
     if not isinstance(batch, tuple) or len(batch) != 2:
+        got = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else described(batch)
         raise ModelFileError(
-            f"{source.file.name}: make_batch returned {type(batch).__name__}",
-            "it returns the pair (inputs, targets)",
-            "return inputs, targets",
+            f"{made} returned {got}", "a batch is the pair (inputs, targets)", "return inputs, targets", where
         )
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
     if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(batch[0])):
-        raise ModelFileError(f"{source.file.name}: inputs without a tensor", "a pipeline needs a tensor to send")
+        rule = "a pipeline needs a tensor to send"
+        raise ModelFileError(f"{made} returned inputs without a tensor", rule, "return tensors as inputs", where)
     rows = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
     if len(rows) != 1 or (batch_size is not None and rows != {batch_size}):
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
         raise ModelFileError(
-            f"{source.file.name}: make_batch({batch_size}) returned tensors of shapes {shapes}",
+            f"{made} returned tensors of shapes {shapes}",
             "the first dimension of every tensor is the batch",
-            f"return {batch_size} rows in each",
+            f"return {batch_size or 'as many'} rows in each",
+            where,
         )
     return batch
 

@@ -38,10 +38,14 @@ def render_report(report: BalanceReport, width: int = DEFAULT_WIDTH) -> str:
         "",
     ]
     for label, text in figures(report):
-        wrapped = wrap_text(text, width - _LABEL_WIDTH - 2)
-        lines.append(f"  {label:<{_LABEL_WIDTH}}{wrapped[0]}")
-        lines += [" " * (_LABEL_WIDTH + 2) + line for line in wrapped[1:]]
+        lines += labelled_lines(label, text, width)
     return "\n".join(lines)
+
+
+def labelled_lines(label: str, text: str, width: int) -> list[str]:
+    """A figure under its label, in lines of at most `width`."""
+    wrapped = wrap_text(text, width - _LABEL_WIDTH - 2)
+    return [f"  {label:<{_LABEL_WIDTH}}{wrapped[0]}", *(" " * (_LABEL_WIDTH + 2) + line for line in wrapped[1:])]
 
 
 def figures(report: BalanceReport) -> list[tuple[str, str]]:
