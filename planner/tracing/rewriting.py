@@ -18,6 +18,7 @@ from torch.distributed.pipelining._IR import aten_pipe_split_alias
 from torch.utils._pytree import tree_map
 
 from planner.errors import TraceError
+from planner.tracing.functions import FunctionCall, restore_functions
 from planner.tracing.gradients import needs_gradient
 
 ATEN = torch.ops.aten
@@ -53,6 +54,7 @@ def prepare(gm: fx.GraphModule, names: dict[str, str]) -> bool:
     Returns True where a `no_grad` region was inlined. Raises TraceError for other higher-order operators.
     """
     inlined = _inline_no_grad(gm)
+    restore_functions(gm)
     _refuse_higher_order(gm)
     seen: dict[str, fx.Node] = {}
     for node in list(gm.graph.nodes):
@@ -247,6 +249,8 @@ def set_device(gm: fx.GraphModule, device: torch.device) -> None:
         if node.op == "call_function":
             node.args = tree_map(lambda a: device if isinstance(a, torch.device) else a, node.args)
             node.kwargs = tree_map(lambda a: device if isinstance(a, torch.device) else a, dict(node.kwargs))
+            if isinstance(node.target, FunctionCall):
+                node.target = node.target.on(device)
     gm.recompile()
 
 
