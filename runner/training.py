@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from planner.errors import ModelFileError, RunError, user_frames
 from planner.files.plan_file import Plan
 from planner.machine.device import Device
-from planner.tracing.loading import ModelSource, as_call, checked_batch, make_batch, rows, seed_everything
+from planner.tracing.loading import ModelSource, checked_batch, make_batch, rows, seed_everything
 from planner.tracing.tied_gradients import sum_tied_gradients
 from runner.exact_ties import ExactTies
 from runner.measuring import StageRecorder, StepSamples, measure_peak_memory, resting_bytes
@@ -91,12 +91,13 @@ class Trainer:
         `watch` runs the two parts of the step that it is given, schedule and optimizer.
         """
         self.losses = []
-        inputs, self.targets = _on_device(batch, self.device)
+        leaves = self.built.inputs.tensors(batch[0], f"step {number}")
+        leaves, self.targets = _on_device((leaves, batch[1]), self.device)
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         dist.barrier()
         wall = time.perf_counter()
-        watch(lambda: self._run_schedule(inputs))
+        watch(lambda: self._run_schedule(leaves))
         self._sum_tied_gradients()
         norm, backward_wall = self._squared_norm(), time.perf_counter() - wall
         if after_backward is not None:
@@ -140,9 +141,9 @@ class Trainer:
         assert self.optimizer is not None
         self.optimizer.step()
 
-    def _run_schedule(self, inputs: Any) -> None:
-        leaves = [leaf for leaf in tree_leaves(as_call(inputs)) if isinstance(leaf, torch.Tensor)]
-        arguments = leaves if self.stage.is_first else []
+    def _run_schedule(self, inputs: list[torch.Tensor]) -> None:
+        # A model may write to its inputs, and the batch is still needed.
+        arguments = [tensor.clone() for tensor in inputs] if self.stage.is_first else []
         keywords: dict[str, Any] = {}
         if self.stage.is_last:
             keywords = {"target": torch.arange(self.plan.batch_size), "losses": self.losses}
