@@ -10,6 +10,7 @@ from tests.running import command, plan_at
 
 MODELS_AND_CUTS = [
     ("functions.py", ["label", "domain"]),
+    ("dropout.py", ["layers.2.1", "functional"]),
     ("inputs.py", ["layers.2", "layers.4"]),
 ]
 

@@ -23,6 +23,7 @@ from planner.tracing.gradients import needs_gradient
 
 ATEN = torch.ops.aten
 ROOT_STACK = {"L__self__": ("", nn.Module)}
+USER_STACK = "nn_module_stack_before_the_cut"
 SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -145,7 +146,7 @@ def apply_cuts(gm: fx.GraphModule, positions: Sequence[int]) -> None:
     for value in [*entering, *nodes]:
         _relay(graph, value, stage, starts, ends, graded)
     for node in graph.nodes:
-        node.meta["nn_module_stack"] = ROOT_STACK
+        node.meta = {**node.meta, USER_STACK: node.meta.get("nn_module_stack"), "nn_module_stack": ROOT_STACK}
     _mark_stages(graph, stage, len(positions) + 1)
     graph.lint()
     gm.recompile()
