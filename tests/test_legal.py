@@ -12,6 +12,8 @@ MODELS_AND_CUTS = [
     ("functions.py", ["label", "domain"]),
     ("dropout.py", ["layers.2.1", "functional"]),
     ("inputs.py", ["layers.2", "layers.4"]),
+    ("state.py", ["norms.1", "norms.2"]),
+    ("values.py", ["layers.1", "layers.3"]),
 ]
 
 
@@ -36,3 +38,11 @@ def train_and_check(file, cuts, folder):
     check = Measurement.load(folder / "run" / "measurement.json").check
     assert check is not None and check.steps == 3
     return check
+
+
+@pytest.mark.parametrize("frozen", ["0, 1", "2, 3", "4, 5", "0, 1, 2, 3, 4"])
+def test_stages_that_are_frozen_whole(models, tmp_path, frozen):
+    file = tmp_path / "frozen.py"
+    file.write_text((models / "frozen.py").read_text().replace("FROZEN = (0, 1)", f"FROZEN = ({frozen})"))
+    check = train_and_check(file, ["layers.2", "layers.4"], tmp_path)
+    assert max(check.max_loss_difference, check.max_gradient_difference, check.max_parameter_difference) == 0.0
