@@ -21,7 +21,19 @@ def load(file: Path) -> ModuleType:
 
 
 def train_eagerly(file: Path, steps: int, num_microbatches: int, batch_size: int, seed: int = 0) -> dict[str, Any]:
-    """The state_dict after `steps` steps of the unsplit model; the file's own `silence(model)` switches dropout off."""
+    """The state_dict after `steps` steps of the unsplit model; the file's own `silence(model)` switches dropout off.
+
+    On one thread, as workers compute: BatchNorm over two rows makes differences of 1e-3 out of another rounding.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _train(file, steps, num_microbatches, batch_size, seed)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _train(file: Path, steps: int, num_microbatches: int, batch_size: int, seed: int) -> dict[str, Any]:
     source = load(file)
     torch.manual_seed(seed), random.seed(seed)
     model = source.build_model()
