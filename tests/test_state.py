@@ -5,6 +5,7 @@ from torch import nn
 from torch.distributed.pipelining import pipeline
 
 from planner.tracing.exporting import trace_model
+from planner.tracing.gradients import needs_gradient
 from planner.tracing.loading import build, load_source
 from planner.tracing.pieces import build_pieces
 from planner.tracing.rewriting import apply_cuts
@@ -120,3 +121,40 @@ def test_the_model_file_of_state_can_be_cut_at_every_module(models):
         "norms.2",
         "head",
     ]
+
+
+def test_what_carries_no_gradient_crosses_as_whole_numbers(models):
+    trace = trace_file(models / "values.py")
+    start = next(layer.start for layer in trace.layers if layer.id == "layers.2")
+    apply_cuts(trace.graph_module, [start])
+    nodes = list(trace.graph_module.graph.nodes)
+    cut = next(index for index, node in enumerate(nodes) if "pipe_split" in str(node.target))
+    crossing = {a for node in nodes[cut:] for a in node.all_input_nodes if a in nodes[:cut] and a.op != "get_attr"}
+    graded = needs_gradient(trace.graph_module)
+    floats = {node for node in crossing if node.meta["val"].is_floating_point()}
+    assert floats and floats <= graded and len(crossing) > len(floats)
+
+
+def test_tied_parameters_have_one_name_in_every_stage(tmp_path):
+    (tmp_path / "tied.py").write_text(TIED)
+    for _ in range(4):  # torch takes any name out of a set
+        model = build(load_source(str(tmp_path / "tied.py")), 0)
+        policy = plan_at(tmp_path / "tied.py", ["b", "d"]).split_policy(model)
+        pipe = pipeline(model, (torch.randn(2, 4),), split_policy=policy)
+        names = [{name for name, _ in pipe.get_stage_module(index).named_parameters()} for index in range(3)]
+        assert names == [{"a.weight", "a.bias"}, {"a.weight", "b.bias", "c.bias"}, {"a.weight", "d.bias"}]
+
+
+TIED = """
+import torch
+from torch import nn
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+        self.b.weight = self.c.weight = self.d.weight = self.a.weight
+    def forward(self, x): return self.d(self.c(self.b(self.a(x))))
+def build_model(): return Tied()
+def make_batch(batch_size): return torch.randn(batch_size, 4), torch.randn(batch_size, 4)
+def loss_fn(output, targets): return (output - targets).square().mean()
+"""
