@@ -12,7 +12,7 @@ from planner.files.measurement_file import CheckResult
 from planner.files.plan_file import Plan
 from planner.machine.device import Device
 from planner.tracing.loading import ModelSource, as_call, build, rows
-from planner.tracing.randomness import silence_dropout
+from planner.tracing.randomness import DropoutAsIdentity
 from planner.tracing.rewriting import canonical_names
 
 TOLERANCE = 1e-5
@@ -41,7 +41,6 @@ class Reference:
     def __init__(self, plan: Plan, source: ModelSource, device: Device) -> None:
         self.plan, self.source = plan, source
         self.model = build(source, plan.seed).to(device.torch_device)
-        silence_dropout(self.model)
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.names = canonical_names(self.model)
         self.optimizer = source.make_optimizer(list(self.parameters.values()))
@@ -55,7 +54,9 @@ class Reference:
         size = self.plan.microbatch_size
         for start in range(0, self.plan.batch_size, size):
             args, kwargs = as_call(rows(batch[0], start, start + size))
-            loss = self.source.loss_fn(self.model(*args, **kwargs), rows(batch[1], start, start + size))
+            with DropoutAsIdentity():
+                output = self.model(*args, **kwargs)
+            loss = self.source.loss_fn(output, rows(batch[1], start, start + size))
             loss.backward()
             losses.append(loss.detach().reshape(()))
         if self.source.loss_reduction == "sum":

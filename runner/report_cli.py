@@ -55,7 +55,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def render(files: Sequence[Path], kind: str) -> str:
-    """The files as text, HTML, JSON or a Chrome trace. Raises UsageError for files that cannot be shown together, or not so."""
+    """The files as text, HTML, JSON or a Chrome trace. Raises UsageError for what cannot be shown, or not so."""
     found = sorted(((schema_of(path), path) for path in files), key=lambda pair: KINDS.index(pair[0]))
     names, paths = [name for name, _ in found], [path for _, path in found]
     if names == ["plan", "measurement"]:

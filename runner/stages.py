@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 from planner.errors import TraceError, UsageError, user_frames
 from planner.files.plan_file import Plan, TiedParameter
 from planner.machine.device import Device
+from planner.tracing.inputs import TracedInputs
 from planner.tracing.loading import ModelSource, as_call, build, make_batch, rows
 from planner.tracing.randomness import random_operations, remove_dropout
 from planner.tracing.rewriting import canonical_names, set_device
@@ -33,6 +34,7 @@ class BuiltStage:
     """This rank's stage; `stage` is torch's, `rebuild_output` gives the loss what the model would have returned.
 
     `output_leaves` are the model's output leaves in order: an OutputTensor for each tensor, constants as they are.
+    `inputs` says which inputs every batch must have.
     """
 
     stage: Any
@@ -43,6 +45,7 @@ class BuiltStage:
     aliases: dict[str, str]
     untouched_state: dict[str, torch.Tensor]
     num_dropouts_removed: int
+    inputs: TracedInputs
 
     def rebuild_output(self, output: Any) -> Any:
         """The last stage's flat output in the model's own structure (a tensor, dict, tuple or ModelOutput)."""
@@ -118,6 +121,7 @@ def build_stage(
         aliases=names,
         untouched_state={n: t for n, t in state.items() if names.get(n, n) not in used},
         num_dropouts_removed=policy.removed,
+        inputs=TracedInputs.of(inputs),
     )
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from planner.errors import ModelFileError, RunError
 from planner.files.plan_file import Plan
 from planner.machine.device import Device
-from planner.tracing.loading import ModelSource, as_call, checked_batch, make_batch, rows, seed_everything
+from planner.tracing.loading import ModelSource, checked_batch, make_batch, rows, seed_everything
 from planner.tracing.tied_gradients import sum_tied_gradients
 from planner.tracing.user_functions import defined_at
 from runner.exact_ties import ExactTies
@@ -80,7 +80,8 @@ class Trainer:
         `watch` runs the two parts of the step that it is given, schedule and optimizer.
         """
         self.losses = []
-        inputs, self.targets = self._own_share(batch)
+        inputs = self.built.inputs.tensors(batch[0], f"step {number}")
+        inputs, self.targets = self._own_share(inputs, batch[1])
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         dist.barrier()
@@ -106,13 +107,17 @@ class Trainer:
         rate = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
         return StepResult(number, loss, norm, float(rate), samples.step_wall_ms, samples, None)
 
-    def _own_share(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
-        """What of `batch` this stage reads, on its device: inputs on the first, targets on the last."""
-        inputs = _on_device(batch[0], self.device) if self.stage.is_first else None
-        targets = _on_device(batch[1], self.device) if self.stage.is_last else None
-        tensors = [leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, torch.Tensor)]
+    def _own_share(self, inputs: list[torch.Tensor], targets: Any) -> tuple[list[torch.Tensor], Any]:
+        """What this stage reads of a batch, on its device: a copy of the inputs on the first, targets on the last.
+
+        A copy, because a model may write to its inputs, and the batch is still needed.
+        """
+        device = self.device.torch_device
+        own = [tensor.to(device, copy=True) for tensor in inputs] if self.stage.is_first else []
+        read = _on_device(targets, self.device) if self.stage.is_last else None
+        tensors = [leaf for leaf in tree_leaves((own, read)) if isinstance(leaf, torch.Tensor)]
         self.batch_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        return inputs, targets
+        return own, read
 
     def measured_step(
         self, number: int, batch: tuple[Any, Any], after_backward: Callable[[], None] | None
@@ -142,14 +147,11 @@ class Trainer:
         with self.recorder.span("optimizer"):
             self.optimizer.step()
 
-    def _run_schedule(self, inputs: Any) -> None:
-        arguments = []
-        if self.stage.is_first:
-            arguments = [leaf for leaf in tree_leaves(as_call(inputs)) if isinstance(leaf, torch.Tensor)]
+    def _run_schedule(self, inputs: list[torch.Tensor]) -> None:
         keywords: dict[str, Any] = {}
         if self.stage.is_last:
             keywords = {"target": torch.arange(self.plan.batch_size), "losses": self.losses}
-        self.schedule.step(*arguments, **keywords, return_outputs=False)
+        self.schedule.step(*inputs, **keywords, return_outputs=False)
 
     def _squared_norm(self) -> float:
         """Σ g² of this stage; a tied parameter counts on its first holder only."""
@@ -157,7 +159,7 @@ class Trainer:
         total = 0.0
         for name, parameter in self.stage.submod.named_parameters():
             if parameter.grad is not None and name not in elsewhere:
-                total += float(parameter.grad.detach().pow(2).sum())
+                total += float(torch.linalg.vector_norm(parameter.grad.detach())) ** 2
         return total
 
     def batch_loss(self) -> float | None:

@@ -104,4 +104,5 @@ def test_other_randomness_than_dropout_is_refused_by_name(tmp_path):
     (tmp_path / "noisy.py").write_text(NOISY)
     plan_at(tmp_path / "noisy.py", ["b"]).save(tmp_path / "x.plan.json")
     ended = command("x.plan.json", "--steps", 1, "--check", cwd=tmp_path)
-    assert ended.returncode == 2 and "aten.rand" in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.returncode == 2 and "remedy: take the randomness" in ended.stderr
+    assert "the model: aten.rand.default (noisy.py:8)" in ended.stderr and "Traceback" not in ended.stderr

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from planner.errors import TraceError
+from planner.tracing.functions import function_calls, keep_functions
 from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
 from planner.tracing.rewriting import canonical_names, compute_nodes, prepare, tensor_inputs
 
@@ -70,10 +71,12 @@ class Trace:
 def export_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The exported graph of `model` as `pipeline()` would get it. Raises TraceError with torch's reason."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), keep_functions():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs)
             module = program.module(check_guards=False)
+    except TraceError:
+        raise
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise TraceError(
@@ -263,6 +266,8 @@ def _not_plain_positions(values: list[_Value], num_nodes: int) -> set[int]:
 
 def _why_not_plain(gm: fx.GraphModule, nodes: list[fx.Node], inlined: bool) -> str:
     """Why stock torch cannot split this model by `split_spec` anywhere; empty where it can."""
+    if calls := function_calls(gm.graph):
+        return f"forward calls the custom Function {calls[0].function.__name__}, whose backward split_spec would lose"
     if inlined:
         return "forward has a no_grad region"
     output = gm.graph.output_node().args[0]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from planner.tracing.functions import FunctionCall
+
 
 def needs_gradient(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes of `gm` whose value requires a gradient in training.
@@ -50,6 +52,10 @@ def _is_float(node: fx.Node) -> bool:
 
 def aliased_arguments(node: fx.Node) -> list[tuple[fx.Node, bool]]:
     """The arguments that the result of `node` shares storage with, each with whether it is written in place."""
+    if node.target is operator.getitem:
+        return [(source, False) for source in node.all_input_nodes]
+    if isinstance(node.target, FunctionCall):
+        return [(node.all_input_nodes[index], False) for index in node.target.shared]
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     found = []

@@ -27,17 +27,27 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputValue:
+    """An output leaf that is the value `name` of the graph."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Pieces:
-    """All pieces of a trace, in program order, and how to call them from the model's inputs."""
+    """All pieces of a trace, in program order, and how to call them from the model's inputs.
+
+    `outputs` are the leaves of the model's output: an OutputValue for each tensor, constants as they are.
+    """
 
     pieces: tuple[Piece, ...]
     inputs: tuple[str, ...]
-    outputs: tuple[str | None, ...]
+    outputs: tuple[Any, ...]
     trace: Trace
 
     def rebuild_output(self, values: dict[str, Any]) -> Any:
         """What the model would have returned, from the values by name."""
-        leaves = [None if name is None else values[name] for name in self.outputs]
+        leaves = [values[leaf.name] if isinstance(leaf, OutputValue) else leaf for leaf in self.outputs]
         return tree_unflatten(leaves, self.trace.out_spec)
 
 
@@ -62,7 +72,7 @@ def build_pieces(trace: Trace) -> Pieces:
     return Pieces(
         pieces=tuple(pieces),
         inputs=tuple(node.name for node in tensor_inputs(graph)),
-        outputs=tuple(leaf.name if isinstance(leaf, fx.Node) else None for leaf in leaves),
+        outputs=tuple(OutputValue(leaf.name) if isinstance(leaf, fx.Node) else leaf for leaf in leaves),
         trace=trace,
     )
 

@@ -18,10 +18,18 @@ from torch.distributed.pipelining._IR import aten_pipe_split_alias
 from torch.utils._pytree import tree_map
 
 from planner.errors import TraceError
+from planner.tracing.functions import FunctionCall, restore_functions
 from planner.tracing.gradients import needs_gradient
+from planner.tracing.state import (
+    aliases_of_written_state,
+    name_state_as_torch_will,
+    return_state_as_values,
+    write_state_early,
+)
 
 ATEN = torch.ops.aten
 ROOT_STACK = {"L__self__": ("", nn.Module)}
+USER_STACK = "nn_module_stack_before_the_cut"
 SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -53,6 +61,7 @@ def prepare(gm: fx.GraphModule, names: dict[str, str]) -> bool:
     Returns True where a `no_grad` region was inlined. Raises TraceError for other higher-order operators.
     """
     inlined = _inline_no_grad(gm)
+    restore_functions(gm)
     _refuse_higher_order(gm)
     seen: dict[str, fx.Node] = {}
     for node in list(gm.graph.nodes):
@@ -63,6 +72,8 @@ def prepare(gm: fx.GraphModule, names: dict[str, str]) -> bool:
                 gm.graph.erase_node(node)
             else:
                 seen[node.target] = node
+    write_state_early(gm)
+    return_state_as_values(gm)
     gm.graph.eliminate_dead_code()
     return inlined
 
@@ -138,13 +149,14 @@ def apply_cuts(gm: fx.GraphModule, positions: Sequence[int]) -> None:
     stage = {node: sum(index >= position for position in positions) for index, node in enumerate(nodes)}
     starts = [nodes[0], *(nodes[position] for position in positions)]
     ends = [*(nodes[position - 1] for position in positions), nodes[-1]]
-    graded = needs_gradient(gm)
+    graded, overwritten = needs_gradient(gm), aliases_of_written_state(graph)
     entering = _bind_inputs(graph, nodes[0], stage, graded)
     for value in [*entering, *nodes]:
-        _relay(graph, value, stage, starts, ends, graded)
+        _relay(graph, value, stage, starts, ends, graded, value in overwritten)
     for node in graph.nodes:
-        node.meta["nn_module_stack"] = ROOT_STACK
+        node.meta = {**node.meta, USER_STACK: node.meta.get("nn_module_stack"), "nn_module_stack": ROOT_STACK}
     _mark_stages(graph, stage, len(positions) + 1)
+    name_state_as_torch_will(graph)
     graph.lint()
     gm.recompile()
 
@@ -176,6 +188,7 @@ def _relay(
     starts: list[fx.Node],
     ends: list[fx.Node],
     graded: set[fx.Node],
+    copied: bool = False,
 ) -> None:
     """Hand `value` on from its stage to the last one that reads it, one stage at a time."""
     example = value.meta.get("val")
@@ -186,7 +199,7 @@ def _relay(
         return
     if not isinstance(example, torch.Tensor):
         raise TraceError(f"{value.name} crosses a cut and is not a tensor", "only tensors can be sent", "cut elsewhere")
-    travelling = _departure(graph, value, stage, ends[home], graded)
+    travelling = _departure(graph, value, stage, ends[home], graded, copied)
     for index in range(home + 1, last + 1):
         readers = [user for user, reader in users if reader == index]
         if index < last or any(user.op == "output" for user in readers):
@@ -202,16 +215,23 @@ def _relay(
 
 
 def _departure(
-    graph: fx.Graph, value: fx.Node, stage: dict[fx.Node, int], end: fx.Node, graded: set[fx.Node]
+    graph: fx.Graph, value: fx.Node, stage: dict[fx.Node, int], end: fx.Node, graded: set[fx.Node], copied: bool
 ) -> fx.Node:
     """What is sent for `value`: contiguous, and as integers where it is a float without gradient.
+
+    It is `copied` where the next microbatch may write to it while it is being sent.
 
     It is taken after the stage's last operation `end`, when every write in place has been done.
     """
     sent = value
-    if not value.meta["val"].is_contiguous():
+    if copied or not value.meta["val"].is_contiguous():
         with graph.inserting_after(end):
-            sent = end = _call(graph, ATEN.contiguous.default, value)
+            if copied:
+                sent = end = _call(graph, ATEN.clone.default, value)
+                sent.kwargs = {"memory_format": torch.contiguous_format}
+                sent.meta["val"] = value.meta["val"].contiguous()
+            else:
+                sent = end = _call(graph, ATEN.contiguous.default, value)
         stage[sent] = stage[value]
     example = sent.meta["val"]
     if example.is_floating_point() and value not in graded:
@@ -247,6 +267,8 @@ def set_device(gm: fx.GraphModule, device: torch.device) -> None:
         if node.op == "call_function":
             node.args = tree_map(lambda a: device if isinstance(a, torch.device) else a, node.args)
             node.kwargs = tree_map(lambda a: device if isinstance(a, torch.device) else a, dict(node.kwargs))
+            if isinstance(node.target, FunctionCall):
+                node.target = node.target.on(device)
     gm.recompile()
 
 

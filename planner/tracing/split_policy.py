@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from planner.errors import TraceError
 from planner.tracing.exporting import Trace, read_trace
+from planner.tracing.functions import start_keeping, stop_keeping
 from planner.tracing.gradients import attribute
 from planner.tracing.rewriting import apply_cuts, canonical_names
 
@@ -27,9 +28,14 @@ class SplitPolicy:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self.trace: Trace | None = None
+        self.keeping = True  # pipeline() exports the model before it calls the policy
+        start_keeping()
 
     def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
         """Check the trace's fingerprint, rewrite it and cut it; `gm` is changed in place and returned."""
+        if self.keeping:
+            self.keeping = False
+            stop_keeping()
         show_first_names_to_pipeline(self.model)
         self.trace = read_trace(gm, self.model)
         expected, got = self.plan.model.fingerprint, self.trace.fingerprint
