@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
-from planner.errors import PlannerError
+from planner.errors import DEBUG, PlannerError
 
 INTERRUPTED = 130
 
 
 def guarded(program: str, work: Callable[[], int], *, debug: bool) -> int:
     """Run `work`; show an error of ours as its text, without a traceback unless `debug`. Returns the exit code."""
+    before = os.environ.get(DEBUG, "")
+    os.environ[DEBUG] = "1" if debug else before
     try:
         return work()
     except PlannerError as error:
@@ -25,3 +28,5 @@ def guarded(program: str, work: Callable[[], int], *, debug: bool) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    finally:
+        os.environ[DEBUG] = before
