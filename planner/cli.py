@@ -15,6 +15,8 @@ from planner.run_flags import add_run_flags, run_arguments, whole_number
 from planner.version import version
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from planner.files.plan_file import Plan
     from planner.files.profile_file import Profile
     from planner.planning import PlanRequest
@@ -33,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--example", action="store_true", help="print a model file to start from")
     parser.add_argument("-o", "--output", metavar="FILE", help="the plan file (default NAME.plan.json here)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of the table")
+    parser.add_argument("--draw", metavar="FILE.svg", help="draw the layer graph, coloured by stage, with its cuts")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"evenstage {version()}")
     graph = parser.add_argument_group("a layer graph that came from elsewhere")
@@ -70,6 +73,7 @@ def run(flags: argparse.Namespace) -> int:
     if flags.example:
         print(Path(__file__).with_name("example_model.py").read_text(encoding="utf-8"), end="")
         return 0
+    _refuse_drawing(flags)
     if flags.graph is not None:
         return _plan_graph(flags)
     request, output = _request(flags), _output(flags)
@@ -81,6 +85,10 @@ def run(flags: argparse.Namespace) -> int:
     plan = replace(plan, model=model)
     plan.save(output)
     _show(flags, plan, profile, reused, output)
+    if flags.draw is not None:
+        from planner.partitioning.layer_graph import build_layer_graph
+
+        _draw(flags, plan, build_layer_graph(profile.size(plan.microbatch_size), plan.bandwidth_bytes_per_s))
     return _train(flags, output) if flags.train else 0
 
 
@@ -128,7 +136,30 @@ def _plan_graph(flags: argparse.Namespace) -> int:
         print(plan.to_json(), end="")
     else:
         print(f"{render_plan(plan, None)}\nwrote {output}", flush=True)
+    if flags.draw is not None:
+        from planner.partitioning.layer_graph import graph_from_json
+
+        _draw(flags, plan, graph_from_json(path))
     return 0
+
+
+def _refuse_drawing(flags: argparse.Namespace) -> None:
+    """Raise UsageError or FileError where the file of --draw cannot be what is wanted."""
+    if flags.draw is None:
+        return
+    from planner.files.reading import refuse_unwritable
+
+    if not flags.draw.endswith(".svg"):
+        raise UsageError(f"--draw {flags.draw}", "the drawing is an SVG", "name a file that ends in .svg")
+    refuse_unwritable(Path(flags.draw), "--draw")
+
+
+def _draw(flags: argparse.Namespace, plan: Plan, graph: nx.DiGraph) -> None:
+    from planner.files.reading import write_text
+    from planner.rendering import render_graph_svg
+
+    write_text(Path(flags.draw), render_graph_svg(graph, plan))
+    print(f"drew {flags.draw}", file=sys.stderr if flags.json else sys.stdout, flush=True)
 
 
 def _refuse_for_graph(flags: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,15 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `plan-report`."""
     parser = argparse.ArgumentParser(
         prog="plan-report",
-        description="Show a plan, or a measurement with its plan, on the terminal, as HTML or as JSON.",
+        description="Show a plan, or a measurement with its plan, on the terminal, as HTML or as JSON; or draw a plan.",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="PLAN, or MEASUREMENT and PLAN in any order")
-    parser.add_argument("--format", choices=["text", "html", "json"], default="text", help="default: text")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="PLAN, or PLAN with its MEASUREMENT, or with its PROFILE or layer graph (for svg); in any order",
+    )
+    parser.add_argument("--format", choices=["text", "html", "json", "svg"], default="text", help="default: text")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of the terminal")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"evenstage {version()}")
@@ -51,8 +56,10 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def render(files: Sequence[Path], kind: str) -> str:
-    """The files as text, HTML or JSON."""
+    """The files as text, HTML, JSON or SVG."""
     found = {schema_of(path): path for path in files}
+    if kind == "svg":
+        return render_drawing(found)
     plan_file, measurement_file = found.get("plan"), found.get("measurement")
     if plan_file is None or len(found) != len(files):
         got = ", ".join(found)
@@ -69,6 +76,28 @@ def render(files: Sequence[Path], kind: str) -> str:
             raise UsageError("a plan alone", "the HTML report holds a measurement against its plan", "name both files")
         return plan.to_json() if kind == "json" else render_plan(seen, None) + "\n"
     return render_comparison(seen, measurement_file, kind)
+
+
+def render_drawing(found: Mapping[str, Path]) -> str:
+    """The layer graph of a plan; the costs of its layers are in the profile or the graph that it was made from."""
+    from planner.files.plan_file import Plan
+    from planner.files.profile_file import Profile
+    from planner.partitioning.layer_graph import build_layer_graph, graph_from_json
+    from planner.rendering import render_graph_svg
+
+    if set(found) not in ({"plan", "profile"}, {"plan", "layer-graph"}):
+        rule = "a drawing needs the plan, and the profile or layer graph that it was made from"
+        raise UsageError(f"--format svg for files of kind {', '.join(found)}", rule, "name both files")
+    plan = Plan.load(found["plan"])
+    if "profile" in found:
+        size = Profile.load(found["profile"]).size(plan.microbatch_size)
+        graph = build_layer_graph(size, plan.bandwidth_bytes_per_s)
+    else:
+        graph = graph_from_json(found["layer-graph"])
+    if {str(node) for stage in plan.stages for node in stage.nodes} != set(map(str, graph.nodes)):
+        rule = "every layer of the graph is in one stage of the plan"
+        raise UsageError("a plan of other layers", rule, "name the profile or graph that the plan was made from")
+    return render_graph_svg(graph, plan.seen_from_here(found["plan"].parent))
 
 
 def render_comparison(plan: Plan, measurement_file: Path, kind: str) -> str:

@@ -7,6 +7,7 @@ Values are frozen dataclasses. `decode` builds them from JSON by their type hint
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -215,3 +216,18 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         rule = "the folder must be writable and the disk not full"
         raise FileError(f"cannot write {path}: {error.strerror}", rule, "free space or give another path") from None
+
+
+def refuse_unwritable(path: Path, flag: str) -> None:
+    """Raise FileError where `path`, given by `flag`, cannot be written, so that it is known before the work is done."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        rule = "the file is written when the plan stands, so its folder must be writable"
+        raise FileError(f"{flag} {path}: {error.strerror}", rule, "give another path") from None

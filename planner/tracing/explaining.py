@@ -240,7 +240,7 @@ def _eager_failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 @contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
-    """Hide what torch warns, logs and prints about a trace (of a failure, the whole graph), unless --debug was given."""
+    """Hide what torch warns, logs and prints about a trace (of a failure, the whole graph); not with --debug."""
     if os.environ.get(DEBUG) or os.environ.get("TORCH_LOGS"):
         yield
         return
