@@ -38,6 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--draw", metavar="FILE.svg", help="draw the layer graph, coloured by stage, with its cuts")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"evenstage {version()}")
+    hugging_face = parser.add_argument_group("a Hugging Face model")
+    hugging_face.add_argument(
+        "--hf", metavar="CONFIG.json", help="plan the model of this configuration, local files only"
+    )
+    hugging_face.add_argument(
+        "--sequence-length", type=whole_number(1), metavar="N", help="tokens a sample (default: 128, or what fits)"
+    )
     graph = parser.add_argument_group("a layer graph that came from elsewhere")
     graph.add_argument("--graph", metavar="FILE", help="plan this node-link JSON instead of a model")
     graph.add_argument("--objective", choices=["bottleneck"], help="minimise the largest stage load, not a step")
@@ -74,6 +81,7 @@ def run(flags: argparse.Namespace) -> int:
         print(Path(__file__).with_name("example_model.py").read_text(encoding="utf-8"), end="")
         return 0
     _refuse_drawing(flags)
+    _take_configuration(flags)
     if flags.graph is not None:
         return _plan_graph(flags)
     request, output = _request(flags), _output(flags)
@@ -90,6 +98,22 @@ def run(flags: argparse.Namespace) -> int:
 
         _draw(flags, plan, build_layer_graph(profile.size(plan.microbatch_size), plan.bandwidth_bytes_per_s))
     return _train(flags, output) if flags.train else 0
+
+
+def _take_configuration(flags: argparse.Namespace) -> None:
+    """Turn --hf and --sequence-length into the model that they name. Raises UsageError where that is none."""
+    length = flags.sequence_length
+    if flags.hf is None:
+        if length is not None:
+            raise UsageError("--sequence-length without --hf", "a model file makes its own batches", "leave it out")
+        return
+    if flags.model is not None:
+        rule = "a plan comes from one of the two"
+        raise UsageError("a model file and --hf", rule, "for example: plan --gpus 4 --hf config.json")
+    if not flags.hf.endswith(".json"):
+        rule = "a configuration is a local JSON file"
+        raise UsageError(f"--hf {flags.hf}", rule, "give the path of the model's config.json")
+    flags.model = flags.hf if length is None else f"{flags.hf}:hf_{length}"
 
 
 def _request(flags: argparse.Namespace) -> PlanRequest:
@@ -182,7 +206,8 @@ def _refuse_for_graph(flags: argparse.Namespace) -> None:
 def _output(flags: argparse.Namespace) -> Path:
     if flags.output is not None:
         return Path(flags.output)
-    name = Path(flags.model.partition(":")[0] if flags.model else flags.profile).name
+    path = Path(flags.model.partition(":")[0] if flags.model else flags.profile)
+    name = path.resolve().parent.name if flags.hf is not None and path.name == "config.json" else path.name
     return Path(f"{name.removesuffix('.py').removesuffix('.json').removesuffix('.profile')}.plan.json")
 
 
