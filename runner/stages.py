@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 from planner.errors import TraceError, UsageError, user_frames
 from planner.files.plan_file import Plan, TiedParameter
 from planner.machine.device import Device
+from planner.tracing.explaining import quiet_export
 from planner.tracing.loading import ModelSource, as_call, build, make_batch, rows
 from planner.tracing.randomness import random_operations, remove_dropout
 from planner.tracing.rewriting import canonical_names, set_device
@@ -125,8 +125,7 @@ def _policy_pipe(
     source: ModelSource, policy: Callable[[Any], Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_export():
             return pipeline(model, args, kwargs, split_policy=policy)
     except RuntimeError as error:
         cause = error.__cause__ or error
@@ -144,8 +143,7 @@ def _stock_pipe(plan: Plan, model: nn.Module, args: tuple[Any, ...], kwargs: dic
     from torch.distributed.pipelining import SplitPoint
 
     assert all(point is SplitPoint.BEGINNING for point in spec.values())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_export():
         return pipeline(model, args, kwargs, split_spec=spec)
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from planner.errors import TraceError
 from planner.tracing.exporting import trace_model
-from tests.running import command
+from planner.tracing.loading import build, load_source, make_batch
+from tests.running import command, plan_at
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -306,19 +307,25 @@ def test_a_number_that_changes_no_result_or_only_once_is_allowed(model):
     assert built.calls == 0
 
 
-def test_rows_chosen_by_value_inside_a_layer_are_allowed_and_no_cut_crosses_them():
-    class Inside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.chosen, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            x = self.first(x)
-            return self.last(x + self.chosen(x[x.sum(1) > 0]).sum(0))
-
-    trace = trace_model(Inside(), (X,), {})
-    assert [layer.id for layer in trace.layers] == ["first", "last"]
+def test_no_cut_crosses_rows_that_are_chosen_by_value_and_the_model_trains_as_it_is(tmp_path, models):
+    plan = plan_at(models / "chosen_rows.py", 2)
+    source = load_source(str(models / "chosen_rows.py"))
+    trace = trace_model(build(source, 0), (make_batch(source, 0, 0, 8)[0],), {})
+    assert "chosen" not in [layer.id for layer in trace.layers]
     assert all(isinstance(tensor.num_bytes, int) for tensor in trace.tensors)
+    plan.save(tmp_path / "x.plan.json")
+    ended = command("x.plan.json", "--steps", 2, "--check", "--run-dir", "run", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_view_whose_strides_depend_on_values_is_no_place_for_a_cut():
+    class LastRows(Base):
+        def forward(self, x):
+            y = self.linear(x)
+            kept = y[(x > -100).all(1)].view(2, -1, 4)[:, -1, :]
+            return self.linear(kept)
+
+    assert all(isinstance(tensor.num_bytes, int) for tensor in trace_model(LastRows(), (X,), {}).tensors)
 
 
 MODEL_FILE = """

@@ -57,7 +57,8 @@ CAUSES = (
         DATA_DEPENDENT,
         "the Hugging Face model decides by the values of a tensor",
         ONE_GRAPH,
-        'build it with use_cache=False and attn_implementation="eager", and leave masks of padding out of make_batch',
+        'build it with use_cache=False and attn_implementation="eager", and leave masks of padding out of make_batch;'
+        " where the line shown branches all the same, the model needs a change there",
         where=r"^transformers/",
     ),
     Cause(

@@ -257,7 +257,7 @@ def _not_plain_positions(values: list[_Value], num_nodes: int) -> set[int]:
     late: set[int] = set()
     for value in values:
         example = value.node.meta.get("val")
-        strided = isinstance(example, torch.Tensor) and is_static(example) and not example.is_contiguous()
+        strided = is_static(example) and not example.is_contiguous()  # type: ignore[union-attr]
         if value.producer < 0 or value.is_output or strided:
             late.update(range(value.producer + 1, value.last(num_nodes) + 1))
     return late

@@ -33,9 +33,15 @@ class NumberChange:
     frame: str
 
 
-def is_static(value: Any) -> bool:
+def has_static_shape(value: Any) -> bool:
     """Whether `value` is a tensor every size of which is known before training."""
     return isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
+
+
+def is_static(value: Any) -> bool:
+    """Whether `value` is a dense tensor whose sizes and strides are known before training, so that it can be sent."""
+    strided = has_static_shape(value) and value.layout is torch.strided
+    return strided and all(isinstance(stride, int) for stride in value.stride())
 
 
 def refuse_outputs(gm: fx.GraphModule, model: nn.Module) -> None:
@@ -54,8 +60,8 @@ def refuse_outputs(gm: fx.GraphModule, model: nn.Module) -> None:
                 "return tensors (or None) only, in a tuple, dict or dataclass if need be (return_dict=True)",
                 frame,
             )
-        if value is not None and not is_static(value):
-            maker = next(node for node in gm.graph.nodes if _not_static_tensor(node))
+        if value is not None and not has_static_shape(value):
+            maker = next(node for node in gm.graph.nodes if _of_unknown_shape(node))
             raise TraceError(
                 f"the output of {name} has a shape that depends on the values of a tensor",
                 "every microbatch is one of equal shape",
@@ -64,9 +70,9 @@ def refuse_outputs(gm: fx.GraphModule, model: nn.Module) -> None:
             )
 
 
-def _not_static_tensor(node: fx.Node) -> bool:
+def _of_unknown_shape(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and not is_static(value)
+    return isinstance(value, torch.Tensor) and not has_static_shape(value)
 
 
 def refuse_shared_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
