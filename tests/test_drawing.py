@@ -11,9 +11,10 @@ from planner.cli import main
 from planner.files.plan_file import Plan
 from planner.graph_planning import plan_schedule
 from planner.partitioning.layer_graph import graph_from_json
-from planner.rendering import render_graph_svg
+from planner.rendering import format_bytes, render_graph_svg
 from planner.rendering.graph_layout import NODE_HEIGHT, NODE_WIDTH, place_graph
 from runner.report_cli import main as report_main
+from tests.sample_values import sample_profile
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -81,6 +82,10 @@ def test_bytes_stand_on_every_cut_forward_and_gradient(drawn):
     for cut, crossed in zip(plan.cuts, [word for word in marks if word not in passed], strict=True):
         number = int(cut.before.split(".")[1])
         assert crossed == f"↓ {number}.0 KiB · ↑ {number}.0 KiB"
+    totals = [word.partition(" · ")[2] for word in words if word.startswith("cut ")]
+    first = int(plan.cuts[0].before.split(".")[1])
+    down = format_bytes(1024 * first + (7 << 20))
+    assert totals[0] == f"2 tensors · ↓ {down} forward · ↑ {first}.0 KiB of gradients"
 
 
 def test_a_tensor_that_a_stage_only_passes_on_goes_around_it(drawn):
@@ -106,6 +111,15 @@ def test_the_flag_draws_a_graph_and_the_report_draws_it_again(tmp_path, capsys, 
     assert len(boxes(text)) == 12 and "prefers-color-scheme:dark" in text
     assert report_main(["graph.plan.json", "graph.json", "--format", "svg"]) == 0
     assert capsys.readouterr().out == text
+
+
+def test_the_flag_draws_a_profiled_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    profile = sample_profile()
+    profile.save(tmp_path / "model.profile.json")
+    assert main(["--profile", "model.profile.json", "--gpus", "2", "--draw", "model.svg"]) == 0
+    layers = profile.sizes[0].layers
+    assert [lines[0] for lines, _, _ in boxes((tmp_path / "model.svg").read_text())] == [layer.id for layer in layers]
 
 
 def test_with_json_only_the_plan_is_on_stdout(tmp_path, capsys, monkeypatch):
