@@ -17,6 +17,8 @@ from planner.run_flags import add_run_flags, run_arguments, whole_number
 from planner.version import version
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from planner.files.plan_file import Plan
     from planner.files.profile_file import Profile
     from planner.planning import PlanRequest
@@ -35,8 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--example", action="store_true", help="print a model file to start from")
     parser.add_argument("-o", "--output", metavar="FILE", help="the plan file (default NAME.plan.json here)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of the table")
+    parser.add_argument("--draw", metavar="FILE.svg", help="draw the layer graph, coloured by stage, with its cuts")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"evenstage {version()}")
+    hugging_face = parser.add_argument_group("a Hugging Face model")
+    hugging_face.add_argument(
+        "--hf", metavar="CONFIG.json", help="plan the model of this configuration, local files only"
+    )
+    hugging_face.add_argument(
+        "--sequence-length", type=whole_number(1), metavar="N", help="tokens a sample (default: 128, or what fits)"
+    )
     graph = parser.add_argument_group("a layer graph that came from elsewhere")
     graph.add_argument("--graph", metavar="FILE", help="plan this node-link JSON instead of a model")
     graph.add_argument("--objective", choices=["bottleneck"], help="minimise the largest stage load, not a step")
@@ -80,6 +90,8 @@ def run(flags: argparse.Namespace) -> int:
     if flags.example:
         print(Path(__file__).with_name("example_model.py").read_text(encoding="utf-8"), end="")
         return 0
+    _refuse_drawing(flags)
+    _take_configuration(flags)
     if flags.graph is not None:
         return _plan_graph(flags)
     with stdout_to_stderr(flags.json):
@@ -99,7 +111,27 @@ def _make(flags: argparse.Namespace) -> tuple[Plan, Profile, bool, Path]:
     plan = plan_profile(profile, request)
     plan = replace(plan, model=replace(plan.model, file=relative_to(str(plan.model.file), output.parent)))
     plan.save(output)
+    if flags.draw is not None:
+        from planner.partitioning.layer_graph import build_layer_graph
+
+        _draw(flags, plan, build_layer_graph(profile.size(plan.microbatch_size), plan.bandwidth_bytes_per_s))
     return plan, profile, reused, output
+
+
+def _take_configuration(flags: argparse.Namespace) -> None:
+    """Turn --hf and --sequence-length into the model that they name. Raises UsageError where that is none."""
+    length = flags.sequence_length
+    if flags.hf is None:
+        if length is not None:
+            raise UsageError("--sequence-length without --hf", "a model file makes its own batches", "leave it out")
+        return
+    if flags.model is not None:
+        rule = "a plan comes from one of the two"
+        raise UsageError("a model file and --hf", rule, "for example: plan --gpus 4 --hf config.json")
+    if not flags.hf.endswith(".json"):
+        rule = "a configuration is a local JSON file"
+        raise UsageError(f"--hf {flags.hf}", rule, "give the path of the model's config.json")
+    flags.model = flags.hf if length is None else f"{flags.hf}:hf_{length}"
 
 
 def _request(flags: argparse.Namespace) -> PlanRequest:
@@ -146,7 +178,30 @@ def _plan_graph(flags: argparse.Namespace) -> int:
         print(plan.to_json(), end="")
     else:
         print(f"{render_plan(plan, None)}\nwrote {output}", flush=True)
+    if flags.draw is not None:
+        from planner.partitioning.layer_graph import graph_from_json
+
+        _draw(flags, plan, graph_from_json(path))
     return 0
+
+
+def _refuse_drawing(flags: argparse.Namespace) -> None:
+    """Raise UsageError or FileError where the file of --draw cannot be what is wanted."""
+    if flags.draw is None:
+        return
+    from planner.files.reading import refuse_unwritable
+
+    if not flags.draw.endswith(".svg"):
+        raise UsageError(f"--draw {flags.draw}", "the drawing is an SVG", "name a file that ends in .svg")
+    refuse_unwritable(Path(flags.draw), f"--draw {flags.draw}")
+
+
+def _draw(flags: argparse.Namespace, plan: Plan, graph: nx.DiGraph) -> None:
+    from planner.files.reading import write_text
+    from planner.rendering import render_graph_svg
+
+    write_text(Path(flags.draw), render_graph_svg(graph, plan))
+    print(f"drew {flags.draw}", file=sys.stderr if flags.json else sys.stdout, flush=True)
 
 
 def _refuse_for_graph(flags: argparse.Namespace) -> None:
@@ -193,7 +248,8 @@ def _output(flags: argparse.Namespace) -> Path:
         raise UsageError('-o ""', "it must be a file", "name a file, or leave -o out")
     if flags.output is not None:
         return Path(flags.output)
-    name = Path(flags.model.partition(":")[0] if flags.model else flags.profile).name
+    path = Path(flags.model.partition(":")[0] if flags.model else flags.profile)
+    name = path.resolve().parent.name if flags.hf is not None and path.name == "config.json" else path.name
     return Path(f"{name.removesuffix('.py').removesuffix('.json').removesuffix('.profile')}.plan.json")
 
 

@@ -8,13 +8,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from planner.errors import PlannerError
+from planner.errors import DEBUG, PlannerError
 
 INTERRUPTED = 130
 
 
 def guarded(program: str, work: Callable[[], int], *, debug: bool) -> int:
     """Run `work`; show an error of ours as its text, without a traceback unless `debug`. Returns the exit code."""
+    before = os.environ.get(DEBUG, "")
+    os.environ[DEBUG] = "1" if debug else before
     try:
         return work()
     except PlannerError as error:
@@ -29,6 +31,8 @@ def guarded(program: str, work: Callable[[], int], *, debug: bool) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    finally:
+        os.environ[DEBUG] = before
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ import linecache
 import traceback
 from pathlib import Path
 
+DEBUG = "EVENSTAGE_DEBUG"  # the environment variable by which --debug reaches worker processes
+
 
 class PlannerError(Exception):
     """An error for the person at the terminal: `got`, the `rule` that it breaks, and the `remedy`.

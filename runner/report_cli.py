@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from planner.files.plan_file import Plan
     from planner.files.profile_file import Profile
 
-KINDS = ("plan", "profile", "measurement")
+KINDS = ("plan", "profile", "measurement", "layer-graph")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,10 +25,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="plan-report",
         description="Show a plan, a profile or a measurement; a measurement held against its plan; or compare two"
-        " files of a kind. perfetto: a Chrome trace of the predicted (and measured) step, for ui.perfetto.dev.",
+        " files of a kind. perfetto: a Chrome trace of the predicted (and measured) step, for ui.perfetto.dev."
+        " svg: the layer graph of a plan, with the profile or the layer graph that it was made from.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="one or two files that plan and run-plan wrote")
-    parser.add_argument("--format", choices=["text", "html", "json", "perfetto"], default="text", help="default: text")
+    formats = ["text", "html", "json", "perfetto", "svg"]
+    parser.add_argument("--format", choices=formats, default="text", help="default: text")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of the terminal")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"evenstage {version()}")
@@ -58,13 +60,15 @@ def render(files: Sequence[Path], kind: str) -> str:
     """The files as text, HTML, JSON or a Chrome trace. Raises UsageError for what cannot be shown, or not so."""
     found = sorted(((schema_of(path), path) for path in files), key=lambda pair: KINDS.index(pair[0]))
     names, paths = [name for name, _ in found], [path for _, path in found]
+    if kind == "svg":
+        return render_drawing(dict(found))
     if names == ["plan", "measurement"]:
         return render_comparison(_seen_plan(paths[0]), paths[1], kind)
     if kind == "perfetto" and names == ["plan"]:
         from runner.reporting.chrome_trace import render_predicted_trace
 
         return render_predicted_trace(_seen_plan(paths[0]))
-    if len(found) == 1 and kind in ("text", "json"):
+    if len(found) == 1 and names != ["layer-graph"] and kind in ("text", "json"):
         return _render_one(names[0], paths[0], kind)
     if len(found) == 2 and kind == "text":
         return _render_two(names, paths if names[0] != names[1] else list(files))
@@ -136,6 +140,28 @@ def _seen_plan(path: Path) -> Plan:
     from planner.files.plan_file import Plan
 
     return Plan.load(path).seen_from_here(path.parent)
+
+
+def render_drawing(found: Mapping[str, Path]) -> str:
+    """The layer graph of a plan; the costs of its layers are in the profile or the graph that it was made from."""
+    from planner.files.plan_file import Plan
+    from planner.files.profile_file import Profile
+    from planner.partitioning.layer_graph import build_layer_graph, graph_from_json
+    from planner.rendering import render_graph_svg
+
+    if set(found) not in ({"plan", "profile"}, {"plan", "layer-graph"}):
+        rule = "a drawing needs the plan, and the profile or layer graph that it was made from"
+        raise UsageError(f"--format svg for files of kind {', '.join(found)}", rule, "name both files")
+    plan = Plan.load(found["plan"])
+    if "profile" in found:
+        size = Profile.load(found["profile"]).size(plan.microbatch_size)
+        graph = build_layer_graph(size, plan.bandwidth_bytes_per_s)
+    else:
+        graph = graph_from_json(found["layer-graph"])
+    if {str(node) for stage in plan.stages for node in stage.nodes} != set(map(str, graph.nodes)):
+        rule = "every layer of the graph is in one stage of the plan"
+        raise UsageError("a plan of other layers", rule, "name the profile or graph that the plan was made from")
+    return render_graph_svg(graph, plan.seen_from_here(found["plan"].parent))
 
 
 def render_comparison(plan: Plan, measurement_file: Path, kind: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 from planner.errors import TraceError, UsageError, user_frames
 from planner.files.plan_file import Plan, TiedParameter
 from planner.machine.device import Device
+from planner.tracing.explaining import quiet_export
 from planner.tracing.inputs import TracedInputs
 from planner.tracing.loading import ModelSource, as_call, build, make_batch, rows
 from planner.tracing.randomness import random_operations, remove_dropout
@@ -129,8 +129,7 @@ def _policy_pipe(
     source: ModelSource, policy: Callable[[Any], Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_export():
             return pipeline(model, args, kwargs, split_policy=policy)
     except RuntimeError as error:
         cause = error.__cause__ or error
@@ -152,8 +151,7 @@ def _stock_pipe(plan: Plan, model: nn.Module, args: tuple[Any, ...], kwargs: dic
     if unknown := [name for name in spec if name not in modules]:
         rule = "split_spec names modules of the model that was planned"
         raise TraceError(f"the model has no module {unknown[0]!r}", rule, "make the plan again")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_export():
         return pipeline(model, args, kwargs, split_spec=spec)
 
 

@@ -117,6 +117,9 @@ def _even_out(plan: Plan) -> tuple[str, str | None]:
 def plan_command(plan: Plan, *flags: str, batch_size: int | None = None) -> str:
     """The command that makes this plan again, with `flags`. The batch is named, as its default depends on the model."""
     file = clean(plan.model.file or "MODEL.py")
-    model = file if plan.model.entry == "build_model" else f"{file}:{clean(plan.model.entry)}"
+    model = shlex.quote(file if plan.model.entry == "build_model" else f"{file}:{clean(plan.model.entry)}")
+    if file.endswith(".json"):
+        length = clean(plan.model.entry).removeprefix("hf").removeprefix("_")
+        model = f"--hf {shlex.quote(file)}{f' --sequence-length {length}' if length else ''}"
     batch = f"--batch-size {plan.batch_size if batch_size is None else batch_size}"
-    return " ".join(["plan", "--gpus", str(plan.num_stages), shlex.quote(model), batch, *flags])
+    return " ".join(["plan", "--gpus", str(plan.num_stages), model, batch, *flags])

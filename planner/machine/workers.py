@@ -49,7 +49,7 @@ def as_worker(main: Callable[[], None]) -> None:
         _leave_together()
     except BaseException as error:
         _leave_error(error)
-        if "--debug" in sys.argv:
+        if "--debug" in sys.argv or os.environ.get(errors.DEBUG):
             traceback.print_exc()
         _end_process(error.exit_code if isinstance(error, PlannerError) else 1)
     _end_process(0)

@@ -1,5 +1,6 @@
-"""What is computed → text: the plan's table, and the wording that all renderers share."""
+"""What is computed → text: the plan's table, the drawing of its graph, and the wording that all renderers share."""
 
+from planner.rendering.graph_svg import render_graph_svg
 from planner.rendering.plan_text import (
     gap,
     model_title,
@@ -46,6 +47,7 @@ __all__ = [
     "mean_bubble",
     "model_title",
     "proof",
+    "render_graph_svg",
     "render_plan",
     "same_cuts",
     "shorten",

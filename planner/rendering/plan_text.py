@@ -47,8 +47,11 @@ def model_title(plan: Plan) -> str:
     """The model as a person names it: its file, with the entry where that is not the usual one; else its name."""
     if plan.model.file is None:
         return clean(plan.model.name)
-    entry = "" if plan.model.entry == "build_model" else f":{plan.model.entry}"
-    return clean(PurePath(plan.model.file).name + entry)
+    file, entry = PurePath(plan.model.file), plan.model.entry
+    if file.suffix == ".json":
+        length = entry.removeprefix("hf").removeprefix("_")
+        return clean(f"{plan.model.name} ({file.name}{f', sequences of {length}' if length else ''})")
+    return clean(file.name + ("" if entry == "build_model" else f":{entry}"))
 
 
 def same_cuts(plan: Plan, baseline: Baseline) -> bool:

@@ -7,7 +7,6 @@ the piece of the graph between two neighbouring legal positions, named after the
 from __future__ import annotations
 
 import hashlib
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,10 @@ from torch import fx, nn
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from planner.errors import TraceError
+from planner.tracing.explaining import explain_export, quiet_export
 from planner.tracing.functions import function_calls, keep_functions
 from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
+from planner.tracing.refusing import is_static, refuse_counters, refuse_outputs, refuse_shared_inputs, watch_numbers
 from planner.tracing.rewriting import canonical_names, compute_nodes, prepare, tensor_inputs
 
 
@@ -69,22 +70,24 @@ class Trace:
 
 
 def export_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """The exported graph of `model` as `pipeline()` would get it. Raises TraceError with torch's reason."""
+    """The exported graph of `model` as `pipeline()` would get it. Raises TraceError with the line to blame."""
+    with watch_numbers(model) as changes:
+        module = _export(model, args, kwargs)
+    if changes:
+        refuse_counters(model, module, changes, lambda: _export(model, args, kwargs))
+    refuse_outputs(module, model)
+    refuse_shared_inputs(module, args, kwargs)
+    return module
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     try:
-        with warnings.catch_warnings(), keep_functions():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, args, kwargs)
-            module = program.module(check_guards=False)
+        with quiet_export(), keep_functions():
+            module = torch.export.export(model, args, kwargs).module(check_guards=False)
     except TraceError:
         raise
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise TraceError(
-            f"{type(model).__name__} cannot be exported as one graph: {lines[0] if lines else type(error).__name__}",
-            "torch.export must see forward as one graph with static shapes",
-            "remove data-dependent control flow and graph breaks from forward",
-            tuple(lines[1:4]),
-        ) from error
+        raise explain_export(error, model, args, kwargs) from error
     assert isinstance(module, fx.GraphModule)
     return module
 
@@ -220,7 +223,7 @@ def _illegal_positions(graph: fx.Graph, nodes: list[fx.Node], values: list[_Valu
     for value in values:
         start, stop = value.producer + 1, value.last(num_nodes)
         example = value.node.meta.get("val")
-        if not isinstance(example, torch.Tensor) or example.is_complex():  # torch receives no gradient for complex
+        if not is_static(example) or example.is_complex():  # type: ignore[union-attr]  # no gradient of complex values
             illegal.update(range(start, stop + 1))
         elif stop >= start:
             alive[start] += 1
@@ -258,7 +261,7 @@ def _not_plain_positions(values: list[_Value], num_nodes: int) -> set[int]:
     late: set[int] = set()
     for value in values:
         example = value.node.meta.get("val")
-        strided = isinstance(example, torch.Tensor) and not example.is_contiguous()
+        strided = is_static(example) and not example.is_contiguous()  # type: ignore[union-attr]
         if value.producer < 0 or value.is_output or strided:
             late.update(range(value.producer + 1, value.last(num_nodes) + 1))
     return late

@@ -52,17 +52,23 @@ class ModelSource:
 
     @property
     def name(self) -> str:
-        """The model's name: the file's, without its ending."""
-        return self.file.stem
+        """The model's name: the file's, without its ending; of a config.json its folder's."""
+        return self.file.parent.name if self.file.name == "config.json" else self.file.stem
 
 
 def load_source(specification: str) -> ModelSource:
     """Load `model.py` or `model.py:name`, where `name` is the function that builds the model.
 
+    `config.json` or `config.json:hf_N` is a Hugging Face configuration, with sequences of N tokens.
+
     Raises ModelFileError with the user's own frames where their code fails, and with the lines to add where a piece
     is missing.
     """
     file, entry = _split_specification(specification)
+    if file.suffix == ".json":
+        from planner.tracing.huggingface import load_huggingface
+
+        return load_huggingface(file, entry)
     module = _import_file(file)
     for required in REQUIRED:
         wanted = entry if required == "build_model" else required
@@ -89,8 +95,10 @@ def load_source(specification: str) -> ModelSource:
 def _split_specification(specification: str) -> tuple[Path, str]:
     path, separator, entry = specification.rpartition(":")
     if not separator or not entry.isidentifier():
-        path, entry = specification, "build_model"
+        path, entry = specification, "build_model" if not specification.endswith(".json") else "hf"
     file = Path(path)
+    if not file.is_file() and file.suffix == ".json":
+        raise ModelFileError(f"{path} is not a file", "a Hugging Face configuration is a local file", "check the path")
     if not file.is_file():
         remedy = "check the path, or start from one: plan --example > model.py"
         raise ModelFileError(f"{path} is not a file", "a model file in Python is needed", remedy)

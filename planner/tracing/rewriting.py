@@ -18,6 +18,7 @@ from torch.distributed.pipelining._IR import aten_pipe_split_alias
 from torch.utils._pytree import tree_map
 
 from planner.errors import TraceError
+from planner.tracing.code_frames import operation_frames
 from planner.tracing.functions import FunctionCall, restore_functions
 from planner.tracing.gradients import needs_gradient
 from planner.tracing.state import (
@@ -31,6 +32,13 @@ ATEN = torch.ops.aten
 ROOT_STACK = {"L__self__": ("", nn.Module)}
 USER_STACK = "nn_module_stack_before_the_cut"
 SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+REGION_REMEDIES = {
+    "cond": "compute both sides and choose with torch.where(condition, a, b)",
+    "while_loop": "write a loop over a fixed number of rounds in Python",
+    "tag_activation_checkpoint": "call the block without torch.utils.checkpoint",
+    "wrap_with_autocast": "remove torch.autocast from forward; it belongs around the whole model",
+}
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -134,7 +142,8 @@ def _refuse_higher_order(gm: fx.GraphModule) -> None:
             raise TraceError(
                 f"{where} contains a region of kind {node.target.__name__}",
                 "operations inside such a region cannot be told apart by a cut",
-                "remove the region from forward (autocast and activation checkpointing belong outside the model)",
+                REGION_REMEDIES.get(node.target.__name__, "remove the region from forward"),
+                operation_frames(node),
             )
 
 
