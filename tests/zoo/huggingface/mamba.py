@@ -1,0 +1,16 @@
+"""Mamba: a selective state space scanned over the tokens, without the fused kernels."""
+
+from causal_language import BATCH_SIZE as BATCH_SIZE, VOCABULARY, loss_fn as loss_fn, make_batch as make_batch
+from transformers import MambaConfig, MambaForCausalLM
+
+
+def build_model():
+    return MambaForCausalLM(
+        MambaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            state_size=4,
+            num_hidden_layers=4,
+            use_cache=False,
+        )
+    )
