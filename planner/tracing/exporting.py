@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from planner.errors import TraceError
+from planner.tracing.crossing import wire_bytes
 from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
 from planner.tracing.rewriting import canonical_names, compute_nodes, prepare, tensor_inputs
 
@@ -35,7 +36,7 @@ class TracedLayer:
 
 @dataclass(frozen=True, slots=True)
 class TracedTensor:
-    """A tensor that leaves its layer; indices of layers. Graph inputs count as made by layer 0."""
+    """A tensor that leaves its layer; indices of layers, bytes of a message. Graph inputs count as made by layer 0."""
 
     name: str
     producer: int
@@ -292,7 +293,7 @@ def _tensors(gm: fx.GraphModule, values: list[_Value], layers: tuple[TracedLayer
         consumers.discard(producer)
         example = value.node.meta.get("val")
         if consumers and isinstance(example, torch.Tensor):
-            num_bytes = example.numel() * example.element_size()
+            num_bytes = wire_bytes(example)
             carries = example.is_floating_point() and value.node in graded
             gradient_bytes = num_bytes if carries else 0
             found.append(TracedTensor(value.node.name, producer, tuple(sorted(consumers)), num_bytes, gradient_bytes))

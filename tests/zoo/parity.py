@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from planner.files.plan_file import Plan
 from planner.machine.device import choose_device
 from planner.tracing.loading import ModelSource, as_call, build, make_batch, rows
-from planner.tracing.randomness import silence_dropout
 from planner.tracing.rewriting import canonical_names
 from runner.stages import BuiltStage, build_stages
 
@@ -52,8 +51,8 @@ def largest_difference(plan: Plan, source: ModelSource, num_steps: int = 2) -> t
         eager = _Eager(plan, source)
         worst = (0.0, "")
         for step in range(num_steps):
-            batch = make_batch(source, plan.seed, step, plan.batch_size)
-            losses = {"loss": split.backward(batch)}, {"loss": eager.backward(batch)}
+            batch, same = (make_batch(source, plan.seed, step, plan.batch_size) for _ in range(2))
+            losses = {"loss": split.backward(batch)}, {"loss": eager.backward(same)}
             worst = max(worst, _worst(*losses), _worst(split.gradients(), eager.gradients()))
             split.descend()
             eager.descend()
@@ -84,7 +83,7 @@ class _Split:
     def __init__(self, plan: Plan, source: ModelSource) -> None:
         self.source = source
         self.built: tuple[BuiltStage, ...] = build_stages(
-            plan, source, range(plan.num_stages), choose_device("cpu", 0), without_dropout=True
+            plan, source, range(plan.num_stages), choose_device("cpu", 0)
         )
         self.stages = [built.stage for built in self.built]
         self.schedule = ScheduleLoopedBFS(
@@ -158,7 +157,6 @@ class _Eager:
     def __init__(self, plan: Plan, source: ModelSource) -> None:
         self.plan, self.source = plan, source
         self.model = build(source, plan.seed)
-        silence_dropout(self.model)
         self.names = canonical_names(self.model)
 
     def backward(self, batch: tuple[Any, Any]) -> torch.Tensor:

@@ -15,7 +15,7 @@ class Translator(nn.Module):
 
     def forward(self, source, target):
         mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
-        decoded = self.transformer(self.embedding(source), self.embedding(target), tgt_mask=mask)
+        decoded = self.transformer(self.embedding(source), self.embedding(target), tgt_mask=mask, tgt_is_causal=True)
         return self.head(decoded)
 
 
