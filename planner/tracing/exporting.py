@@ -19,6 +19,7 @@ from planner.errors import TraceError
 from planner.tracing.crossing import wire_bytes
 from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
 from planner.tracing.rewriting import canonical_names, compute_nodes, prepare, tensor_inputs
+from planner.tracing.writes import separate_writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ def read_trace(gm: fx.GraphModule, model: nn.Module) -> Trace:
     nodes = compute_nodes(gm.graph)
     if not nodes:
         raise TraceError("the model computes nothing", "a stage needs at least one operation", "check forward")
+    if separate_writes(nodes, _positions(nodes)):
+        nodes = compute_nodes(gm.graph)
     values = _live_values(gm.graph, nodes)
     illegal = _illegal_positions(gm.graph, nodes, values)
     starts = {0: _name_at(nodes, 0), **_positions(nodes)}

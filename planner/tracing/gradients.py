@@ -49,7 +49,12 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def aliased_arguments(node: fx.Node) -> list[tuple[fx.Node, bool]]:
-    """The arguments that the result of `node` shares storage with, each with whether it is written in place."""
+    """The arguments that the result of `node` shares storage with, each with whether it is written in place.
+
+    An item of a list of views (`chunk`, `unbind`) shares storage with the list.
+    """
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return [(node.args[0], False)] if aliased_arguments(node.args[0]) else []
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     found = []

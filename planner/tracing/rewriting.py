@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from planner.errors import TraceError
 from planner.tracing.crossing import arrive, call, depart
-from planner.tracing.gradients import needs_gradient
+from planner.tracing.gradients import aliased_arguments, needs_gradient
 
 ATEN = torch.ops.aten
 ROOT_STACK = {"L__self__": ("", nn.Module)}
@@ -147,7 +147,7 @@ def apply_cuts(gm: fx.GraphModule, positions: Sequence[int]) -> None:
     starts = [nodes[0], *(nodes[position] for position in positions)]
     ends = [*(nodes[position - 1] for position in positions), nodes[-1]]
     graded = needs_gradient(gm)
-    entering = _bind_inputs(graph, nodes[0], stage, graded)
+    entering = _bind_inputs(graph, nodes[0], stage)
     for value in [*entering, *nodes]:
         _relay(graph, value, stage, starts, ends, graded)
     for node in graph.nodes:
@@ -157,17 +157,33 @@ def apply_cuts(gm: fx.GraphModule, positions: Sequence[int]) -> None:
     gm.recompile()
 
 
-def _bind_inputs(graph: fx.Graph, anchor: fx.Node, stage: dict[fx.Node, int], graded: set[fx.Node]) -> list[fx.Node]:
-    """An alias of every tensor input, in signature order, as the first operations of stage 0."""
+def _bind_inputs(graph: fx.Graph, anchor: fx.Node, stage: dict[fx.Node, int]) -> list[fx.Node]:
+    """An alias of every tensor input, in signature order, as the first operations of stage 0.
+
+    An input that forward writes to is copied: microbatches are views of one batch, and a write to one of them would
+    count as a write to what autograd keeps of the others.
+    """
+    written = _written_inputs(graph)
     aliases = []
     for placeholder in tensor_inputs(graph):
         with graph.inserting_before(anchor):
-            alias = call(graph, ATEN.alias.default, placeholder)
+            alias = call(graph, ATEN.clone.default if placeholder in written else ATEN.alias.default, placeholder)
         placeholder.replace_all_uses_with(alias)
         alias.args = (placeholder,)
         stage[alias] = 0
         aliases.append(alias)
     return aliases
+
+
+def _written_inputs(graph: fx.Graph) -> set[fx.Node]:
+    storage: dict[fx.Node, fx.Node] = {}
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        for source, is_write in aliased_arguments(node):
+            storage[node] = storage.get(source, source)
+            if is_write:
+                written.add(storage[node])
+    return {node for node in written if node.op == "placeholder"}
 
 
 def _relay(

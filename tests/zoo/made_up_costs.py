@@ -7,7 +7,15 @@ import math
 import torch
 from torch.utils._pytree import tree_leaves
 
-from planner.files.profile_file import LayerProfile, Machine, ModelReference, Profile, SizeProfile, TensorProfile, TiedProfile
+from planner.files.profile_file import (
+    LayerProfile,
+    Machine,
+    ModelReference,
+    Profile,
+    SizeProfile,
+    TensorProfile,
+    TiedProfile,
+)
 from planner.tracing.exporting import Trace, TracedLayer
 from planner.tracing.gradients import attribute
 from planner.tracing.loading import ModelSource
@@ -17,7 +25,9 @@ from planner.tracing.rewriting import compute_nodes
 def made_up_profile(source: ModelSource, trace: Trace, batch_size: int, microbatch_size: int) -> Profile:
     """A profile of `trace`: a layer costs 0.05 ms an operation and 1 ms for 10 000 elements that it computes."""
     layers = tuple(_layer(trace, layer) for layer in trace.layers)
-    tensors = tuple(TensorProfile(t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes) for t in trace.tensors)
+    tensors = tuple(
+        TensorProfile(t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes) for t in trace.tensors
+    )
     tied = tuple(
         TiedProfile(name, indices, _num_bytes(trace, (name,)), 0.0, attribute(trace.graph_module, name).requires_grad)
         for name, indices in trace.tied.items()

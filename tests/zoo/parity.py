@@ -82,9 +82,7 @@ class _Split:
 
     def __init__(self, plan: Plan, source: ModelSource) -> None:
         self.source = source
-        self.built: tuple[BuiltStage, ...] = build_stages(
-            plan, source, range(plan.num_stages), choose_device("cpu", 0)
-        )
+        self.built: tuple[BuiltStage, ...] = build_stages(plan, source, range(plan.num_stages), choose_device("cpu", 0))
         self.stages = [built.stage for built in self.built]
         self.schedule = ScheduleLoopedBFS(
             self.stages, plan.num_microbatches, loss_fn=self._loss, scale_grads=source.loss_reduction == "mean"
@@ -138,7 +136,7 @@ class _Split:
 
 
 class _Mailbox:
-    """Hands values to the next stage of this rank as a message would: contiguous, as announced, in storage of its own."""
+    """Hands values to the next stage of this rank as a message would: contiguous, as announced, and copied."""
 
     def __init__(self, stage: Any) -> None:
         self.stage, self.take = stage, stage.set_local_fwd_input

@@ -1,6 +1,9 @@
 """BERT: the head is tied to the token embedding, padding is masked in every layer."""
 
-from masked_language import BATCH_SIZE as BATCH_SIZE, VOCABULARY, loss_fn as loss_fn, make_batch as make_batch
+from masked_language import BATCH_SIZE as BATCH_SIZE
+from masked_language import VOCABULARY
+from masked_language import loss_fn as loss_fn
+from masked_language import make_batch as make_batch
 from transformers import BertConfig, BertForMaskedLM
 
 

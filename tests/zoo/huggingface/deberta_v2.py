@@ -1,6 +1,9 @@
 """DeBERTa-v2: content and positions attend apart; relative embeddings shared by all layers."""
 
-from masked_language import BATCH_SIZE as BATCH_SIZE, VOCABULARY, loss_fn as loss_fn, make_batch as make_batch
+from masked_language import BATCH_SIZE as BATCH_SIZE
+from masked_language import VOCABULARY
+from masked_language import loss_fn as loss_fn
+from masked_language import make_batch as make_batch
 from transformers import DebertaV2Config, DebertaV2ForMaskedLM
 
 

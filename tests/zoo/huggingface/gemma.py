@@ -1,6 +1,9 @@
 """Gemma: embeddings scaled in forward, one key head, tied head."""
 
-from causal_language import BATCH_SIZE as BATCH_SIZE, VOCABULARY, loss_fn as loss_fn, make_batch as make_batch
+from causal_language import BATCH_SIZE as BATCH_SIZE
+from causal_language import VOCABULARY
+from causal_language import loss_fn as loss_fn
+from causal_language import make_batch as make_batch
 from transformers import GemmaConfig, GemmaForCausalLM
 
 

@@ -1,6 +1,9 @@
 """Llama: rotary positions that every layer reads, grouped queries, untied head."""
 
-from causal_language import BATCH_SIZE as BATCH_SIZE, VOCABULARY, loss_fn as loss_fn, make_batch as make_batch
+from causal_language import BATCH_SIZE as BATCH_SIZE
+from causal_language import VOCABULARY
+from causal_language import loss_fn as loss_fn
+from causal_language import make_batch as make_batch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 

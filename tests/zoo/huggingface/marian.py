@@ -1,6 +1,9 @@
 """Marian: sinusoidal positions computed under no_grad, tied three ways."""
 
-from sequence_to_sequence import BATCH_SIZE as BATCH_SIZE, VOCABULARY, loss_fn as loss_fn, make_batch as make_batch
+from sequence_to_sequence import BATCH_SIZE as BATCH_SIZE
+from sequence_to_sequence import VOCABULARY
+from sequence_to_sequence import loss_fn as loss_fn
+from sequence_to_sequence import make_batch as make_batch
 from transformers import MarianConfig, MarianMTModel
 
 

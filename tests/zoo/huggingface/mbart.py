@@ -1,6 +1,9 @@
 """mBART: BART with the normalisation before each block and one more at the end."""
 
-from sequence_to_sequence import BATCH_SIZE as BATCH_SIZE, VOCABULARY, loss_fn as loss_fn, make_batch as make_batch
+from sequence_to_sequence import BATCH_SIZE as BATCH_SIZE
+from sequence_to_sequence import VOCABULARY
+from sequence_to_sequence import loss_fn as loss_fn
+from sequence_to_sequence import make_batch as make_batch
 from transformers import MBartConfig, MBartForConditionalGeneration
 
 

@@ -1,6 +1,9 @@
 """OPT: embeddings narrower than the layers, projected in and out."""
 
-from causal_language import BATCH_SIZE as BATCH_SIZE, VOCABULARY, loss_fn as loss_fn, make_batch as make_batch
+from causal_language import BATCH_SIZE as BATCH_SIZE
+from causal_language import VOCABULARY
+from causal_language import loss_fn as loss_fn
+from causal_language import make_batch as make_batch
 from transformers import OPTConfig, OPTForCausalLM
 
 

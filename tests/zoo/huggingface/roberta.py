@@ -1,6 +1,9 @@
 """RoBERTa: positions counted from the tokens that are not padding."""
 
-from masked_language import BATCH_SIZE as BATCH_SIZE, VOCABULARY, loss_fn as loss_fn, make_batch as make_batch
+from masked_language import BATCH_SIZE as BATCH_SIZE
+from masked_language import VOCABULARY
+from masked_language import loss_fn as loss_fn
+from masked_language import make_batch as make_batch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 

@@ -1,4 +1,4 @@
-"""SegFormer: four scales of attention whose results are all joined by the decoder, with BatchNorm; a class per pixel."""
+"""SegFormer: four scales of attention that the decoder joins, with BatchNorm; a class per pixel."""
 
 import torch
 from torch import nn

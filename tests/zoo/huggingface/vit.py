@@ -1,6 +1,9 @@
 """ViT: patches, a class token, and the head on it alone."""
 
-from image_classes import BATCH_SIZE as BATCH_SIZE, CLASSES, SIZE, loss_fn as loss_fn, make_batch as make_batch
+from image_classes import BATCH_SIZE as BATCH_SIZE
+from image_classes import CLASSES, SIZE
+from image_classes import loss_fn as loss_fn
+from image_classes import make_batch as make_batch
 from transformers import ViTConfig, ViTForImageClassification
 
 

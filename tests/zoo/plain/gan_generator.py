@@ -20,7 +20,11 @@ class Adversary(nn.Module):
             nn.Tanh(),
         )
         self.discriminator = nn.Sequential(
-            nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(8, 8, 4, 2, 1), nn.Flatten(), nn.Linear(128, 1)
+            nn.Conv2d(3, 8, 4, 2, 1),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(8, 8, 4, 2, 1),
+            nn.Flatten(),
+            nn.Linear(128, 1),
         ).requires_grad_(False)
 
     def forward(self, code):

@@ -19,7 +19,7 @@ class Mixer(nn.Module):
 
     def forward(self, images):
         x = self.patches(images).flatten(2)
-        for tokens, channels in zip(self.tokens, self.channels):
+        for tokens, channels in zip(self.tokens, self.channels, strict=True):
             x = x + tokens(x)
             x = (x.mT + channels(x.mT)).mT
         return self.head(x.mean(2))

@@ -7,7 +7,9 @@ BATCH_SIZE = 4
 
 
 def build_model():
-    return nn.Sequential(nn.Linear(16, 32), *(m for _ in range(5) for m in (nn.Linear(32, 32), nn.GELU())), nn.Linear(32, 3))
+    return nn.Sequential(
+        nn.Linear(16, 32), *(m for _ in range(5) for m in (nn.Linear(32, 32), nn.GELU())), nn.Linear(32, 3)
+    )
 
 
 def make_batch(batch_size):

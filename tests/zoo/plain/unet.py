@@ -1,5 +1,7 @@
 """U-Net: what every scale of the way down computes is read again on the way up."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -20,9 +22,9 @@ def double(channels, out):
 class UNet(nn.Module):
     def __init__(self, widths=(8, 16, 32)):
         super().__init__()
-        self.down = nn.ModuleList(double(a, b) for a, b in zip((3, *widths[:-1]), widths))
+        self.down = nn.ModuleList(double(a, b) for a, b in pairwise((3, *widths)))
         self.pool = nn.MaxPool2d(2)
-        self.rise = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths, widths[1:]))
+        self.rise = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in pairwise(widths))
         self.up = nn.ModuleList(double(2 * a, a) for a in widths[:-1])
         self.head = nn.Conv2d(widths[0], 2, 1)
 
@@ -32,7 +34,7 @@ class UNet(nn.Module):
             skips.append(block(x))
             x = self.pool(skips[-1])
         x = self.down[-1](x)
-        for rise, block in zip(reversed(self.rise), reversed(self.up)):
+        for rise, block in zip(reversed(self.rise), reversed(self.up), strict=True):
             x = block(torch.cat([rise(x), skips.pop()], 1))
         return self.head(x)
 
