@@ -23,7 +23,7 @@ from planner.tracing.rewriting import canonical_names
 from runner.stages import BuiltStage, build_stages
 
 LEARNING_RATE = 0.1
-FLOOR = 1e-2
+FLOOR = 1e-3
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def largest_difference(plan: Plan, source: ModelSource, num_steps: int = 2) -> t
     """The largest relative difference between `plan` trained and the eager model, and what differs most.
 
     Held against each other in `num_steps` steps of SGD are the loss, every gradient, and in the end every weight and
-    buffer. A tensor's difference is relative to its largest value, or to a hundredth of the largest of its kind in
+    buffer. A tensor's difference is relative to its largest value, or to a thousandth of the largest of its kind in
     the model where that is more: a gradient that is zero but for rounding is not compared with itself.
     """
     with alone():

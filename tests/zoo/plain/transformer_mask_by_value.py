@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 BATCH_SIZE = 4
+TORCH_ISSUE = "https://github.com/pytorch/pytorch/issues/110255"
 
 
 class Translator(nn.Module):
