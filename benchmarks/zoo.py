@@ -17,7 +17,8 @@ import torch
 from tests.zoo.attempting import STAGES, TOLERANCE, Attempt, attempt, zoo_files
 
 KINDS = {"huggingface": "transformers, from small configs with random weights", "plain": "Plain torch"}
-HEADER = "| model | exports | layers | legal cuts | 2 | 3 | 4 | largest difference | |\n|---|---|--:|--:|---|---|---|--:|---|"
+COLUMNS = "| model | exports | layers | legal cuts | 2 | 3 | 4 | largest difference | |"
+ALIGNMENT = "|---|---|--:|--:|---|---|---|--:|---|"
 PREFACE = """# The zoo
 
 Written by `make zoo` (`python -m benchmarks.zoo`) with torch {torch} and transformers {transformers}. The models are in
@@ -83,7 +84,7 @@ def page(tables: dict[str, list[Attempt]]) -> str:
 
 def table(attempts: Iterable[Attempt]) -> str:
     """The models of one kind as a table in Markdown."""
-    return "\n".join([HEADER, *(row(came) for came in attempts)])
+    return "\n".join([COLUMNS, ALIGNMENT, *(row(came) for came in attempts)])
 
 
 def row(came: Attempt) -> str:
