@@ -1,6 +1,6 @@
 """Attempts every model of the zoo and writes the table in docs/zoo.md.
 
-python -m benchmarks.zoo [NAME…] [--output docs/zoo.md]
+python -m benchmarks.zoo [NAME…] [--output docs/zoo.md] [--workers N]
 
 With names, only those are attempted and their rows printed.
 """
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
+import os
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -52,22 +55,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--output", type=Path, default=Path("docs/zoo.md"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     arguments = parser.parse_args()
-    logging.disable(logging.ERROR)
-    torch.set_num_threads(1)
-    tables = {}
-    for kind in KINDS:
-        files = [file for file in zoo_files(kind) if not arguments.names or file.stem in arguments.names]
-        tables[kind] = [said(attempt(file)) for file in files]
+    tables: dict[str, list[Attempt]] = {kind: [] for kind in KINDS}
+    files = [(kind, file) for kind in KINDS for file in zoo_files(kind)]
+    chosen = [(kind, file) for kind, file in files if not arguments.names or file.stem in arguments.names]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, context, initializer=start_worker) as pool:
+        for (kind, _), came in zip(chosen, pool.map(attempt, [file for _, file in chosen]), strict=True):
+            print(row(came), flush=True)
+            tables[kind].append(came)
     if not arguments.names:
         arguments.output.write_text(page(tables), encoding="utf-8")
         print(f"wrote {arguments.output}")
 
 
-def said(came: Attempt) -> Attempt:
-    """Print the model's row and hand it on."""
-    print(row(came), flush=True)
-    return came
+def start_worker() -> None:
+    """One thread, and no word of what torch logs: a refusal is part of the table."""
+    logging.disable(logging.ERROR)
+    torch.set_num_threads(1)
 
 
 def page(tables: dict[str, list[Attempt]]) -> str:
@@ -90,8 +96,9 @@ def table(attempts: Iterable[Attempt]) -> str:
 def row(came: Attempt) -> str:
     """One model as a row of the table."""
     if came.num_layers == 0:
-        why = f" ([torch issue]({came.torch_issue}))" if came.torch_issue else ""
-        return f"| {came.name} | no | – | – | – | – | – | – | {came.about} Refused: {came.refusal}{why} |"
+        issue = f" ([torch issue]({came.torch_issue}))" if came.torch_issue else ""
+        refusal = came.refusal.partition(". ")[0] + issue
+        return f"| {came.name} | no | – | – | – | – | – | – | {came.about} Refused: {refusal} |"
     planned = " | ".join("yes" if count in came.differences else "no" for count in STAGES)
     figure = f"{came.largest:.1e}" if came.differences and came.largest else "0" if came.differences else "–"
     note = "" if came.is_equal else f" **{came.refusal or 'differs'}**"

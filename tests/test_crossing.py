@@ -116,6 +116,11 @@ def test_layouts_are_sent_as_they_lie_and_repeated_dimensions_once():
     assert repeated == {6 * 4}
 
 
+@pytest.mark.parametrize(("model", "why"), [(Marked, "pipe_split"), (RunningTotal, "in place")])
+def test_what_had_to_be_rewritten_is_never_called_plain(model, why):
+    assert why in trace_model(model(), (torch.zeros(2, 12),), {}).why_not_plain
+
+
 def test_a_running_total_leaves_room_for_cuts_and_a_shared_storage_does_not():
     x = torch.zeros(2, 12)
     ids = [layer.id for layer in trace_model(RunningTotal(), (x,), {}).layers]

@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves
 from planner.errors import TraceError
 from planner.tracing.crossing import wire_bytes
 from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
-from planner.tracing.rewriting import canonical_names, compute_nodes, prepare, tensor_inputs
+from planner.tracing.rewriting import canonical_names, compute_nodes, has_cut_marks, prepare, tensor_inputs
 from planner.tracing.writes import separate_writes
 
 
@@ -100,18 +100,21 @@ def trace_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def read_trace(gm: fx.GraphModule, model: nn.Module) -> Trace:
     """Prepare the exported `gm` of `model` in place and read its layers."""
     names = canonical_names(model)
-    inlined = prepare(gm, names)
+    rewritten = "forward calls pipe_split() itself" if has_cut_marks(gm.graph) else ""
+    if prepare(gm, names):
+        rewritten = rewritten or "forward has a no_grad region"
     nodes = compute_nodes(gm.graph)
     if not nodes:
         raise TraceError("the model computes nothing", "a stage needs at least one operation", "check forward")
     if separate_writes(nodes, _positions(nodes)):
+        rewritten = rewritten or "forward writes in place to a value that several layers read"
         nodes = compute_nodes(gm.graph)
     values = _live_values(gm.graph, nodes)
     illegal = _illegal_positions(gm.graph, nodes, values)
     starts = {0: _name_at(nodes, 0), **_positions(nodes)}
     starts = {index: begin for index, begin in sorted(starts.items()) if index == 0 or index not in illegal}
     late = _not_plain_positions(values, len(nodes))
-    why_not = _why_not_plain(gm, nodes, inlined)
+    why_not = rewritten or _why_not_plain(gm, nodes)
     layers = _layers(nodes, starts, late, bool(why_not))
     aliases: dict[str, tuple[str, ...]] = {}
     for name, canonical in names.items():
@@ -264,10 +267,8 @@ def _not_plain_positions(values: list[_Value], num_nodes: int) -> set[int]:
     return late
 
 
-def _why_not_plain(gm: fx.GraphModule, nodes: list[fx.Node], inlined: bool) -> str:
+def _why_not_plain(gm: fx.GraphModule, nodes: list[fx.Node]) -> str:
     """Why stock torch cannot split this model by `split_spec` anywhere; empty where it can."""
-    if inlined:
-        return "forward has a no_grad region"
     output = gm.graph.output_node().args[0]
     if len(tree_leaves(output)) != 1 or not _returns_tensor(gm):
         return "the model returns a structure, which split_spec would hand to the loss as a flat tuple"

@@ -68,6 +68,11 @@ def prepare(gm: fx.GraphModule, names: dict[str, str]) -> bool:
     return inlined
 
 
+def has_cut_marks(graph: fx.Graph) -> bool:
+    """Whether the model's own forward calls `pipe_split()`."""
+    return any(node.target is aten_pipe_split_alias for node in graph.nodes)
+
+
 def _drop_cut_marks(graph: fx.Graph) -> None:
     """Forget each `pipe_split()` that the model's own forward calls: the plan says where to cut."""
     for node in list(graph.nodes):

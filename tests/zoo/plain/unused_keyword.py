@@ -32,9 +32,8 @@ def build_model():
 
 def make_batch(batch_size):
     unused, extra = torch.ones(batch_size, 5, dtype=torch.long), torch.randn(batch_size, 16)
-    return {"x": torch.randn(batch_size, 16), "unused": unused, "extra": extra, "mask": None}, torch.randn(
-        batch_size, 16
-    )
+    inputs = {"x": torch.randn(batch_size, 16), "unused": unused, "extra": extra, "mask": None}
+    return inputs, torch.randn(batch_size, 16)
 
 
 def loss_fn(output, targets):
