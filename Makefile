@@ -4,6 +4,7 @@
 #   make install   evenstage and its three commands, in .venv/bin
 #   make test      the tests
 #   make slow      the notebooks executed, the examples trained until they have learned
+#   make zoo       every model of the zoo planned and trained, the table in docs/zoo.md
 #   make lint      style, types and the order of the modules
 #   make clean     remove the environment and all that was produced
 
@@ -14,7 +15,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 DEMO := $(BIN)/plan --gpus 4 examples/transformer.py --train --steps 60 --run-dir runs/demo
 
-.PHONY: demo install test slow lint clean
+.PHONY: demo install test slow zoo lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -27,6 +28,9 @@ test: $(VENV)/.installed-test
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+zoo: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.zoo
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

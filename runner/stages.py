@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,19 @@ def build_stage(
 
     Raises TraceError where the model is no longer the planned one, UsageError where `stock` cannot be.
     """
+    return build_stages(plan, source, (index,), device, without_dropout=without_dropout, stock=stock)[0]
+
+
+def build_stages(
+    plan: Plan,
+    source: ModelSource,
+    indices: Sequence[int],
+    device: Device,
+    *,
+    without_dropout: bool = False,
+    stock: bool = False,
+) -> tuple[BuiltStage, ...]:
+    """The stages `indices` of `plan`, for a rank that holds several; one export for all. See `build_stage`."""
     model = build(source, plan.seed)
     inputs, _ = make_batch(source, plan.seed, 0, plan.batch_size)
     args, kwargs = as_call(rows(inputs, 0, plan.microbatch_size))
@@ -108,21 +121,24 @@ def build_stage(
     if pipe.num_stages != plan.num_stages:
         raise TraceError(f"torch made {pipe.num_stages} stages", f"the plan has {plan.num_stages}", "plan again")
     used = {name for k in range(plan.num_stages) for name, _ in _state_of(pipe.get_stage_module(k))}
-    stage = pipe.build_stage(index, device.torch_device)
-    _take_flat_inputs(stage.submod)
-    return BuiltStage(
-        stage=stage,
-        out_spec=None if stock or policy.inner.trace is None else policy.inner.trace.out_spec,
-        output_leaves=policy.leaves,
-        tied=()
-        if policy.inner.trace is None
-        else tied_over_cuts(policy.inner.trace, [cut.before for cut in plan.cuts]),
-        state_names=tuple(state),
-        aliases=names,
-        untouched_state={n: t for n, t in state.items() if names.get(n, n) not in used},
-        num_dropouts_removed=policy.removed,
-        inputs=TracedInputs.of(inputs),
-    )
+    cuts = [cut.before for cut in plan.cuts]
+
+    def built(index: int) -> BuiltStage:
+        stage = pipe.build_stage(index, device.torch_device)
+        _take_flat_inputs(stage.submod)
+        return BuiltStage(
+            stage=stage,
+            out_spec=None if stock or policy.inner.trace is None else policy.inner.trace.out_spec,
+            output_leaves=policy.leaves,
+            tied=() if policy.inner.trace is None else tied_over_cuts(policy.inner.trace, cuts),
+            state_names=tuple(state),
+            aliases=names,
+            untouched_state={n: t for n, t in state.items() if names.get(n, n) not in used},
+            num_dropouts_removed=policy.removed,
+            inputs=TracedInputs.of(inputs),
+        )
+
+    return tuple(built(index) for index in indices)
 
 
 def _policy_pipe(

@@ -15,11 +15,13 @@ from torch import fx, nn
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from planner.errors import TraceError
+from planner.tracing.crossing import copies_to_send, wire_bytes
 from planner.tracing.explaining import explain_export, quiet_export
 from planner.tracing.functions import function_calls, keep_functions
 from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
 from planner.tracing.refusing import is_static, refuse_counters, refuse_outputs, refuse_shared_inputs, watch_numbers
-from planner.tracing.rewriting import canonical_names, compute_nodes, prepare, tensor_inputs
+from planner.tracing.rewriting import canonical_names, compute_nodes, has_cut_marks, prepare, tensor_inputs
+from planner.tracing.writes import separate_writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class TracedLayer:
 
 @dataclass(frozen=True, slots=True)
 class TracedTensor:
-    """A tensor that leaves its layer; indices of layers. Graph inputs count as made by layer 0."""
+    """A tensor that leaves its layer; indices of layers, bytes of a message. Graph inputs count as made by layer 0."""
 
     name: str
     producer: int
@@ -105,16 +107,21 @@ def trace_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def read_trace(gm: fx.GraphModule, model: nn.Module) -> Trace:
     """Prepare the exported `gm` of `model` in place and read its layers."""
     names = canonical_names(model)
-    inlined = prepare(gm, names)
+    rewritten = "forward calls pipe_split() itself" if has_cut_marks(gm.graph) else ""
+    if prepare(gm, names):
+        rewritten = rewritten or "forward has a no_grad region"
     nodes = compute_nodes(gm.graph)
     if not nodes:
         raise TraceError("the model computes nothing", "a stage needs at least one operation", "check forward")
+    if separate_writes(nodes, _positions(nodes)):
+        rewritten = rewritten or "forward writes in place to a value that several layers read"
+        nodes = compute_nodes(gm.graph)
     values = _live_values(gm.graph, nodes)
     illegal = _illegal_positions(gm.graph, nodes, values)
     starts = {0: _name_at(nodes, 0), **_positions(nodes)}
     starts = {index: begin for index, begin in sorted(starts.items()) if index == 0 or index not in illegal}
     late = _not_plain_positions(values, len(nodes))
-    why_not = _why_not_plain(gm, nodes, inlined)
+    why_not = rewritten or _why_not_plain(gm, nodes)
     layers = _layers(nodes, starts, late, bool(why_not))
     aliases: dict[str, tuple[str, ...]] = {}
     for name, canonical in names.items():
@@ -267,12 +274,10 @@ def _not_plain_positions(values: list[_Value], num_nodes: int) -> set[int]:
     return late
 
 
-def _why_not_plain(gm: fx.GraphModule, nodes: list[fx.Node], inlined: bool) -> str:
+def _why_not_plain(gm: fx.GraphModule, nodes: list[fx.Node]) -> str:
     """Why stock torch cannot split this model by `split_spec` anywhere; empty where it can."""
     if calls := function_calls(gm.graph):
         return f"forward calls the custom Function {calls[0].function.__name__}, whose backward split_spec would lose"
-    if inlined:
-        return "forward has a no_grad region"
     output = gm.graph.output_node().args[0]
     if len(tree_leaves(output)) != 1 or not _returns_tensor(gm):
         return "the model returns a structure, which split_spec would hand to the loss as a flat tuple"
@@ -301,12 +306,13 @@ def _tensors(gm: fx.GraphModule, values: list[_Value], layers: tuple[TracedLayer
         consumers.discard(producer)
         example = value.node.meta.get("val")
         if consumers and isinstance(example, torch.Tensor):
-            num_bytes = example.numel() * example.element_size()
+            num_bytes = wire_bytes(example)
             carries = example.is_floating_point() and value.node in graded
             gradient_bytes = num_bytes if carries else 0
             readers = tuple(sorted(consumers))
-            flat = example.is_contiguous()
-            found.append(TracedTensor(value.node.name, producer, readers, num_bytes, gradient_bytes, flat))
+            found.append(
+                TracedTensor(value.node.name, producer, readers, num_bytes, gradient_bytes, not copies_to_send(example))
+            )
     return tuple(found)
 
 

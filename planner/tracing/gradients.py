@@ -51,9 +51,12 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def aliased_arguments(node: fx.Node) -> list[tuple[fx.Node, bool]]:
-    """The arguments that the result of `node` shares storage with, each with whether it is written in place."""
-    if node.target is operator.getitem:
-        return [(source, False) for source in node.all_input_nodes]
+    """The arguments that the result of `node` shares storage with, each with whether it is written in place.
+
+    An item of a list of views (`chunk`, `unbind`) shares storage with the list.
+    """
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return [(node.args[0], False)] if aliased_arguments(node.args[0]) else []
     if isinstance(node.target, FunctionCall):
         return [(node.all_input_nodes[index], False) for index in node.target.shared]
     if not isinstance(node.target, torch._ops.OpOverload):

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_map
 
 from planner.errors import TraceError
 from planner.tracing.code_frames import operation_frames
+from planner.tracing.crossing import arrive, call, depart
 from planner.tracing.functions import FunctionCall, restore_functions
-from planner.tracing.gradients import needs_gradient
+from planner.tracing.gradients import aliased_arguments, needs_gradient
 from planner.tracing.state import (
     aliases_of_written_state,
     name_state_as_torch_will,
@@ -31,7 +32,6 @@ from planner.tracing.state import (
 ATEN = torch.ops.aten
 ROOT_STACK = {"L__self__": ("", nn.Module)}
 USER_STACK = "nn_module_stack_before_the_cut"
-SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 REGION_REMEDIES = {
     "cond": "compute both sides and choose with torch.where(condition, a, b)",
@@ -64,10 +64,11 @@ def tensor_inputs(graph: fx.Graph) -> list[fx.Node]:
 
 
 def prepare(gm: fx.GraphModule, names: dict[str, str]) -> bool:
-    """Canonical parameter names, one `get_attr` each, `no_grad` regions inlined, dead operations removed; in place.
+    """Canonical parameter names, one `get_attr` each, `no_grad` regions inlined, cut marks and dead operations removed.
 
     Returns True where a `no_grad` region was inlined. Raises TraceError for other higher-order operators.
     """
+    _drop_cut_marks(gm.graph)
     inlined = _inline_no_grad(gm)
     restore_functions(gm)
     _refuse_higher_order(gm)
@@ -84,6 +85,18 @@ def prepare(gm: fx.GraphModule, names: dict[str, str]) -> bool:
     return_state_as_values(gm)
     gm.graph.eliminate_dead_code()
     return inlined
+
+
+def has_cut_marks(graph: fx.Graph) -> bool:
+    """Whether the model's own forward calls `pipe_split()`."""
+    return any(node.target is aten_pipe_split_alias for node in graph.nodes)
+
+
+def _drop_cut_marks(graph: fx.Graph) -> None:
+    """Forget each `pipe_split()` that the model's own forward calls: the plan says where to cut."""
+    for node in list(graph.nodes):
+        if node.target is aten_pipe_split_alias:
+            graph.erase_node(node)
 
 
 def _inline_no_grad(gm: fx.GraphModule) -> bool:
@@ -150,8 +163,8 @@ def _refuse_higher_order(gm: fx.GraphModule) -> None:
 def apply_cuts(gm: fx.GraphModule, positions: Sequence[int]) -> None:
     """Cut the prepared graph before the operations at `positions` (increasing, none 0); in place.
 
-    Every input enters stage 0 in signature order; every value that a later stage needs is handed on stage by stage,
-    contiguous, and as integers of the same width where it carries no gradient (so that nothing is sent back for it).
+    Every input enters stage 0 in signature order; every value that a later stage needs is handed on stage by stage in
+    the form of `crossing`.
     """
     graph = gm.graph
     nodes = compute_nodes(graph)
@@ -159,7 +172,7 @@ def apply_cuts(gm: fx.GraphModule, positions: Sequence[int]) -> None:
     starts = [nodes[0], *(nodes[position] for position in positions)]
     ends = [*(nodes[position - 1] for position in positions), nodes[-1]]
     graded, overwritten = needs_gradient(gm), aliases_of_written_state(graph)
-    entering = _bind_inputs(graph, nodes[0], stage, graded)
+    entering = _bind_inputs(graph, nodes[0], stage)
     for value in [*entering, *nodes]:
         _relay(graph, value, stage, starts, ends, graded, value in overwritten)
     for node in graph.nodes:
@@ -170,12 +183,17 @@ def apply_cuts(gm: fx.GraphModule, positions: Sequence[int]) -> None:
     gm.recompile()
 
 
-def _bind_inputs(graph: fx.Graph, anchor: fx.Node, stage: dict[fx.Node, int], graded: set[fx.Node]) -> list[fx.Node]:
-    """An alias of every tensor input, in signature order, as the first operations of stage 0."""
+def _bind_inputs(graph: fx.Graph, anchor: fx.Node, stage: dict[fx.Node, int]) -> list[fx.Node]:
+    """An alias of every tensor input, in signature order, as the first operations of stage 0.
+
+    An input that forward writes to is copied: microbatches are views of one batch, and a write to one of them would
+    count as a write to what autograd keeps of the others.
+    """
+    written = _written_inputs(graph)
     aliases = []
     for placeholder in tensor_inputs(graph):
         with graph.inserting_before(anchor):
-            alias = _call(graph, ATEN.alias.default, placeholder)
+            alias = call(graph, ATEN.clone.default if placeholder in written else ATEN.alias.default, placeholder)
         placeholder.replace_all_uses_with(alias)
         alias.args = (placeholder,)
         stage[alias] = 0
@@ -183,11 +201,15 @@ def _bind_inputs(graph: fx.Graph, anchor: fx.Node, stage: dict[fx.Node, int], gr
     return aliases
 
 
-def _call(graph: fx.Graph, target: Any, value: fx.Node, *arguments: Any) -> fx.Node:
-    """A call on `value` with example metadata computed by the operator itself."""
-    node = graph.call_function(target, (value, *arguments))
-    node.meta = {**value.meta, "val": target(value.meta["val"], *arguments)}
-    return node
+def _written_inputs(graph: fx.Graph) -> set[fx.Node]:
+    storage: dict[fx.Node, fx.Node] = {}
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        for source, is_write in aliased_arguments(node):
+            storage[node] = storage.get(source, source)
+            if is_write:
+                written.add(storage[node])
+    return {node for node in written if node.op == "placeholder"}
 
 
 def _relay(
@@ -208,63 +230,23 @@ def _relay(
         return
     if not isinstance(example, torch.Tensor):
         raise TraceError(f"{value.name} crosses a cut and is not a tensor", "only tensors can be sent", "cut elsewhere")
-    travelling = _departure(graph, value, stage, ends[home], graded, copied)
+    with graph.inserting_before(ends[home].next):  # when every write in place has been done
+        integers = example.is_floating_point() and value not in graded
+        sent = depart(graph, value, as_integers=integers, copied=copied)
+    stage.update(dict.fromkeys(sent, home))
+    travelling = sent[-1]
     for index in range(home + 1, last + 1):
         readers = [user for user, reader in users if reader == index]
         if index < last or any(user.op == "output" for user in readers):
-            received = travelling
             with graph.inserting_before(starts[index]):
-                travelling = _call(graph, ATEN.alias.default, received)
+                travelling = call(graph, ATEN.alias.default, travelling)
             stage[travelling] = index
-            local = _arrival(graph, travelling, example, stage, index, starts) if readers else travelling
-        else:
-            local = _arrival(graph, travelling, example, stage, index, starts)
-        for reader in readers:
-            reader.replace_input_with(value, local)
-
-
-def _departure(
-    graph: fx.Graph, value: fx.Node, stage: dict[fx.Node, int], end: fx.Node, graded: set[fx.Node], copied: bool
-) -> fx.Node:
-    """What is sent for `value`: contiguous, and as integers where it is a float without gradient.
-
-    It is `copied` where the next microbatch may write to it while it is being sent.
-
-    It is taken after the stage's last operation `end`, when every write in place has been done.
-    """
-    sent = value
-    if copied or not value.meta["val"].is_contiguous():
-        with graph.inserting_after(end):
-            if copied:
-                sent = end = _call(graph, ATEN.clone.default, value)
-                sent.kwargs = {"memory_format": torch.contiguous_format}
-                sent.meta["val"] = value.meta["val"].contiguous()
-            else:
-                sent = end = _call(graph, ATEN.contiguous.default, value)
-        stage[sent] = stage[value]
-    example = sent.meta["val"]
-    if example.is_floating_point() and value not in graded:
-        with graph.inserting_after(end):
-            sent = _call(graph, ATEN.view.dtype, sent, SAME_SIZE_INTEGER[example.element_size()])
-        stage[sent] = stage[value]
-    return sent
-
-
-def _arrival(
-    graph: fx.Graph,
-    received: fx.Node,
-    example: torch.Tensor,
-    stage: dict[fx.Node, int],
-    index: int,
-    starts: list[fx.Node],
-) -> fx.Node:
-    """`received` as the dtype that the stage's own operations expect."""
-    if received.meta["val"].dtype == example.dtype:
-        return received
-    with graph.inserting_before(starts[index]):
-        local = _call(graph, ATEN.view.dtype, received, example.dtype)
-    stage[local] = index
-    return local
+        if readers:
+            with graph.inserting_before(starts[index]):
+                restored = arrive(graph, travelling, example)
+            stage.update(dict.fromkeys(restored, index))
+            for reader in readers:
+                reader.replace_input_with(value, [travelling, *restored][-1])
 
 
 def set_device(gm: fx.GraphModule, device: torch.device) -> None:

@@ -1,0 +1,22 @@
+"""Gemma: embeddings scaled in forward, one key head, tied head."""
+
+from causal_language import BATCH_SIZE as BATCH_SIZE
+from causal_language import VOCABULARY
+from causal_language import loss_fn as loss_fn
+from causal_language import make_batch as make_batch
+from transformers import GemmaConfig, GemmaForCausalLM
+
+
+def build_model():
+    return GemmaForCausalLM(
+        GemmaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=8,
+            use_cache=False,
+        )
+    )
