@@ -25,7 +25,7 @@ from planner.profiling.live_storages import MARK, AllocatorMarks, EventMarks, Li
 from planner.profiling.optimizer_memory import OptimizerMemory
 from planner.profiling.timing import Microbatch
 from planner.tracing.gradients import attribute
-from planner.tracing.pieces import Piece, Pieces
+from planner.tracing.pieces import OutputValue, Piece, Pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def _note_readers(marks: Marks, piece: Piece, made: Sequence[Any], readers: dict
             continue
         storage = marks.find(value)
         if storage is not None:
-            last = len(pieces.pieces) if name in pieces.outputs else readers.get(name, -1)
+            last = len(pieces.pieces) if OutputValue(name) in pieces.outputs else readers.get(name, -1)
             storage.last_reader = max(storage.last_reader, last)
 
 
