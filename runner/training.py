@@ -142,8 +142,7 @@ class Trainer:
         self.optimizer.step()
 
     def _run_schedule(self, inputs: list[torch.Tensor]) -> None:
-        # A model may write to its inputs, and the batch is still needed.
-        arguments = [tensor.clone() for tensor in inputs] if self.stage.is_first else []
+        arguments = inputs if self.stage.is_first else []
         keywords: dict[str, Any] = {}
         if self.stage.is_last:
             keywords = {"target": torch.arange(self.plan.batch_size), "losses": self.losses}

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from planner.errors import TraceError
-from planner.tracing.functions import function_calls, keep_functions
+from planner.tracing.functions import function_calls, keep_functions, refuse_module_hooks
 from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
 from planner.tracing.rewriting import canonical_names, compute_nodes, prepare, tensor_inputs
 
@@ -69,6 +69,7 @@ class Trace:
 
 def export_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The exported graph of `model` as `pipeline()` would get it. Raises TraceError with torch's reason."""
+    refuse_module_hooks(model)
     try:
         with warnings.catch_warnings(), keep_functions():
             warnings.simplefilter("ignore")
