@@ -169,3 +169,12 @@ def test_hooks_on_gradients_are_refused_where_they_are_registered():
     x.register_hook(lambda gradient: 2 * gradient)
     x.sum().backward()
     assert x.grad is not None and x.grad.item() == 2.0
+
+
+def test_a_hook_on_a_parameter_of_several_layers_is_refused_and_on_others_kept():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].weight.register_hook(lambda gradient: -gradient)
+    assert len(trace_model(model, (torch.ones(2, 3),), {}).layers) == 2
+    model[1].weight = model[0].weight
+    with pytest.raises(TraceError, match=r"parameter 0.weight has a hook"):
+        trace_model(model, (torch.ones(2, 3),), {})

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from planner.errors import TraceError
-from planner.tracing.functions import function_calls, keep_functions, refuse_module_hooks
+from planner.tracing.functions import function_calls, keep_functions, refuse_module_hooks, refuse_tied_hooks
 from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
 from planner.tracing.rewriting import canonical_names, compute_nodes, prepare, tensor_inputs
 
@@ -116,7 +116,7 @@ def read_trace(gm: fx.GraphModule, model: nn.Module) -> Trace:
     aliases: dict[str, tuple[str, ...]] = {}
     for name, canonical in names.items():
         aliases[canonical] = (*aliases.get(canonical, ()), name)
-    return Trace(
+    trace = Trace(
         graph_module=gm,
         layers=layers,
         tensors=_tensors(gm, values, layers),
@@ -125,6 +125,9 @@ def read_trace(gm: fx.GraphModule, model: nn.Module) -> Trace:
         out_spec=gm.graph._codegen.pytree_info.out_spec,  # type: ignore[attr-defined]
         why_not_plain=why_not,
     )
+    for name in trace.tied:
+        refuse_tied_hooks(name, attribute(gm, name))
+    return trace
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Custom `torch.autograd.Function`s kept whole in a trace, so that training calls the user's own backward; hooks refused.
+"""Custom `torch.autograd.Function`s kept whole in a trace, so that training calls the user's own backward; no hooks.
 
 `torch.export` records the operations of a Function's forward and forgets its backward: a gradient reversal trains as
 the identity. While a model is exported, `keep_functions` therefore puts one opaque operation in the place of every
@@ -130,6 +130,16 @@ def refuse_module_hooks(model: torch.nn.Module) -> None:
                 "an exported model keeps no hooks, so that it would train another gradient",
                 "write the hook as the backward of a torch.autograd.Function in forward, which is kept",
             )
+
+
+def refuse_tied_hooks(name: str, parameter: torch.Tensor) -> None:
+    """Raise TraceError for a hook on a parameter that several layers use: a second stage would hold a copy without."""
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise TraceError(
+            f"parameter {name} has a hook on its gradient and is used by several layers",
+            "stages that share a parameter add their parts, and a hook would see the parts instead of the sum",
+            "take the hook off and change the gradient between backward and step, in the optimizer",
+        )
 
 
 def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
