@@ -120,13 +120,7 @@ MUTANTS = (
         "return [leaf for leaf in given.values() if isinstance(leaf, torch.Tensor)]",
         f"{LEGAL}[inputs.py-cuts2]",
     ),
-    Mutant(
-        "inputs copied",
-        "runner/training.py",
-        "[tensor.clone() for tensor in inputs]",
-        "list(inputs)",
-        f"{LEGAL}[inputs.py-cuts2]",
-    ),
+    Mutant("written inputs copied", REWRITING, "    copy_written_inputs(gm)\n", "", f"{LEGAL}[inputs.py-cuts2]"),
     Mutant(
         "buffers written early",
         REWRITING,

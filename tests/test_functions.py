@@ -147,3 +147,34 @@ class Squared(torch.autograd.Function):
 def test_under_a_transform_of_torch_func_the_export_itself_refuses():
     with pytest.raises(TraceError, match="Mapped cannot be exported"):
         trace_model(Mapped(), (torch.ones(2, 3),), {})
+
+
+class Hooked(Reversing):
+    def forward(self, x):
+        x = self.a(x)
+        if x.requires_grad:
+            x.register_hook(lambda gradient: -gradient)
+        return self.b(x)
+
+
+def test_hooks_on_gradients_are_refused_where_they_are_registered():
+    with pytest.raises(TraceError) as caught:
+        trace_model(Hooked(), (torch.ones(2, 3),), {})
+    assert "hook" in caught.value.got and "x.register_hook(lambda" in caught.value.frames[0]
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].register_full_backward_hook(lambda module, before, after: None)
+    with pytest.raises(TraceError, match=r"module 1 \(Linear\) has a backward hook"):
+        trace_model(model, (torch.ones(2, 3),), {})
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda gradient: 2 * gradient)
+    x.sum().backward()
+    assert x.grad is not None and x.grad.item() == 2.0
+
+
+def test_a_hook_on_a_parameter_of_several_layers_is_refused_and_on_others_kept():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].weight.register_hook(lambda gradient: -gradient)
+    assert len(trace_model(model, (torch.ones(2, 3),), {}).layers) == 2
+    model[1].weight = model[0].weight
+    with pytest.raises(TraceError, match=r"parameter 0.weight has a hook"):
+        trace_model(model, (torch.ones(2, 3),), {})

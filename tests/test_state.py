@@ -86,6 +86,22 @@ def test_constants_state_and_inputs_are_returned_as_the_model_does():
     (found["logits"].sum() + found["weight"].sum()).backward()
 
 
+class WritesInput(Running):
+    def forward(self, x, late):
+        late += 1
+        return self.b(self.a(x)) * late
+
+
+def test_what_forward_writes_to_is_a_copy_of_its_input():
+    model, x = WritesInput(), torch.zeros(2, 3)
+    gm = trace_model(model, (x, x.clone()), {}).graph_module
+    gm.recompile()
+    late = torch.zeros(4, 3)
+    outputs = [gm(x, late[:2]), gm(x, late[2:])]  # two microbatches of one batch
+    sum(output.sum() for output in outputs).backward()
+    assert late.abs().max() == 0 and torch.equal(outputs[0], model(x, torch.zeros(2, 3)))
+
+
 NAMES = """
 import torch
 from torch import nn

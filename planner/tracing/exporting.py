@@ -17,7 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves
 from planner.errors import TraceError
 from planner.tracing.crossing import copies_to_send, wire_bytes
 from planner.tracing.explaining import explain_export, quiet_export
-from planner.tracing.functions import function_calls, keep_functions
+from planner.tracing.functions import function_calls, keep_functions, refuse_module_hooks, refuse_tied_hooks
 from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
 from planner.tracing.refusing import is_static, refuse_counters, refuse_outputs, refuse_shared_inputs, watch_numbers
 from planner.tracing.rewriting import canonical_names, compute_nodes, has_cut_marks, prepare, tensor_inputs
@@ -73,6 +73,7 @@ class Trace:
 
 def export_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The exported graph of `model` as `pipeline()` would get it. Raises TraceError with the line to blame."""
+    refuse_module_hooks(model)
     with watch_numbers(model) as changes:
         module = _export(model, args, kwargs)
     if changes:
@@ -126,7 +127,7 @@ def read_trace(gm: fx.GraphModule, model: nn.Module) -> Trace:
     aliases: dict[str, tuple[str, ...]] = {}
     for name, canonical in names.items():
         aliases[canonical] = (*aliases.get(canonical, ()), name)
-    return Trace(
+    trace = Trace(
         graph_module=gm,
         layers=layers,
         tensors=_tensors(gm, values, layers),
@@ -135,6 +136,9 @@ def read_trace(gm: fx.GraphModule, model: nn.Module) -> Trace:
         out_spec=gm.graph._codegen.pytree_info.out_spec,  # type: ignore[attr-defined]
         why_not_plain=why_not,
     )
+    for name in trace.tied:
+        refuse_tied_hooks(name, attribute(gm, name))
+    return trace
 
 
 @dataclass(frozen=True, slots=True)

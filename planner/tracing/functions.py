@@ -1,4 +1,4 @@
-"""Custom `torch.autograd.Function`s kept whole in a trace, so that training calls the user's own backward.
+"""Custom `torch.autograd.Function`s kept whole in a trace, so that training calls the user's own backward; no hooks.
 
 `torch.export` records the operations of a Function's forward and forgets its backward: a gradient reversal trains as
 the identity. While a model is exported, `keep_functions` therefore puts one opaque operation in the place of every
@@ -23,6 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from planner.errors import TraceError
 
 APPLY_OWNER: Any = torch.autograd.function._SingleLevelFunction  # what every Function.apply ends in, bound early or not
+REGISTER_HOOK: Any = torch.Tensor.register_hook
 OWN_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -97,6 +98,7 @@ def start_keeping() -> None:
     _opaque()
     _KEPT.num_holders += 1
     APPLY_OWNER.apply = classmethod(_apply)
+    torch.Tensor.register_hook = _register_hook  # type: ignore[method-assign]
 
 
 def stop_keeping() -> None:
@@ -104,6 +106,40 @@ def stop_keeping() -> None:
     _KEPT.num_holders -= 1
     if _KEPT.num_holders == 0:
         del APPLY_OWNER.apply
+        torch.Tensor.register_hook = REGISTER_HOOK  # type: ignore[method-assign]
+
+
+def _register_hook(tensor: torch.Tensor, hook: Any) -> Any:
+    """What `Tensor.register_hook` does while functions are kept: an export would lose the hook without a word."""
+    if torch.compiler.is_exporting():
+        raise TraceError(
+            "forward registers a hook on a gradient",
+            "an exported model keeps no hooks, so that it would train another gradient",
+            "write the hook as the backward of a torch.autograd.Function, which is kept",
+            (_where(),),
+        )
+    return REGISTER_HOOK(tensor, hook)
+
+
+def refuse_module_hooks(model: torch.nn.Module) -> None:
+    """Raise TraceError for a module with a hook on its gradients, which an export would lose without a word."""
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise TraceError(
+                f"module {name or 'the model'} ({type(module).__name__}) has a backward hook",
+                "an exported model keeps no hooks, so that it would train another gradient",
+                "write the hook as the backward of a torch.autograd.Function in forward, which is kept",
+            )
+
+
+def refuse_tied_hooks(name: str, parameter: torch.Tensor) -> None:
+    """Raise TraceError for a hook on a parameter that several layers use: a second stage would hold a copy without."""
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise TraceError(
+            f"parameter {name} has a hook on its gradient and is used by several layers",
+            "stages that share a parameter add their parts, and a hook would see the parts instead of the sum",
+            "take the hook off and change the gradient between backward and step, in the optimizer",
+        )
 
 
 def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -175,6 +175,12 @@ def build(source: ModelSource, seed: int) -> torch.nn.Module:
             f"return the model from {source.entry}()",
             defined_at(source.build_model, source.file),
         )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelFileError(
+            f"{source.file.name}: {source.entry}() returned a model without trainable parameters",
+            "a step trains at least one parameter",
+            "leave requires_grad on for the parameters that are to be trained",
+        )
     return model
 
 

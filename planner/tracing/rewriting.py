@@ -24,6 +24,7 @@ from planner.tracing.functions import FunctionCall, restore_functions
 from planner.tracing.gradients import aliased_arguments, needs_gradient
 from planner.tracing.state import (
     aliases_of_written_state,
+    copy_written_inputs,
     name_state_as_torch_will,
     return_state_as_values,
     write_state_early,
@@ -81,6 +82,7 @@ def prepare(gm: fx.GraphModule, names: dict[str, str]) -> bool:
                 gm.graph.erase_node(node)
             else:
                 seen[node.target] = node
+    copy_written_inputs(gm)
     write_state_early(gm)
     return_state_as_values(gm)
     gm.graph.eliminate_dead_code()

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from planner.errors import TraceError
 from planner.tracing.exporting import Trace, read_trace
-from planner.tracing.functions import start_keeping, stop_keeping
+from planner.tracing.functions import refuse_module_hooks, start_keeping, stop_keeping
 from planner.tracing.gradients import attribute
 from planner.tracing.rewriting import apply_cuts, canonical_names
 
@@ -28,6 +28,7 @@ class SplitPolicy:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self.trace: Trace | None = None
+        refuse_module_hooks(model)
         self.keeping = True  # pipeline() exports the model before it calls the policy
         start_keeping()
 

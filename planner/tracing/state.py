@@ -35,6 +35,19 @@ def aliases_of_written_state(graph: fx.Graph) -> set[fx.Node]:
     return {node for node, storage in base.items() if storage.op == "get_attr" and storage in written}
 
 
+def copy_written_inputs(gm: fx.GraphModule) -> None:
+    """Let forward write to copies of the inputs: the microbatches of a batch share storage, and are needed again."""
+    base = storages(gm.graph)
+    written = {base.get(source, source) for _, source in _writers(gm.graph)}
+    for entry in [node for node in written if node.op == "placeholder"]:
+        first = next(node for node in gm.graph.nodes if node.op == "call_function")
+        with gm.graph.inserting_before(first):
+            copy = gm.graph.call_function(ATEN.clone.default, (entry,))
+        copy.meta = {**entry.meta, "nn_module_stack": first.meta["nn_module_stack"]}
+        for user in [user for user in entry.users if user is not copy]:
+            user.replace_input_with(entry, copy)
+
+
 def write_state_early(gm: fx.GraphModule) -> None:
     """Move each assignment to a buffer behind the last use of its old value and the last write to its new one."""
     graph = gm.graph
