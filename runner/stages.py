@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,22 @@ def build_stage(
 
     Raises TraceError where the model is no longer the planned one, UsageError where `stock` cannot be.
     """
+    return next(build_stages(plan, source, [index], device, without_dropout=without_dropout, stock=stock))
+
+
+def build_stages(
+    plan: Plan,
+    source: ModelSource,
+    indices: Sequence[int],
+    device: Device,
+    *,
+    without_dropout: bool = False,
+    stock: bool = False,
+) -> Iterator[BuiltStage]:
+    """The stages `indices` of `plan`, cut from one model, each put on `device` when it is asked for.
+
+    Several stages in one process hold copies of what they share, as ranks do. Raises what `build_stage` raises.
+    """
     model = build(source, plan.seed)
     inputs, _ = make_batch(source, plan.seed, 0, plan.batch_size)
     args, kwargs = as_call(rows(inputs, 0, plan.microbatch_size))
@@ -105,20 +122,37 @@ def build_stage(
     if pipe.num_stages != plan.num_stages:
         raise TraceError(f"torch made {pipe.num_stages} stages", f"the plan has {plan.num_stages}", "plan again")
     used = {name for k in range(plan.num_stages) for name, _ in _state_of(pipe.get_stage_module(k))}
-    stage = pipe.build_stage(index, device.torch_device)
-    _take_flat_inputs(stage.submod)
-    return BuiltStage(
-        stage=stage,
-        out_spec=None if stock or policy.inner.trace is None else policy.inner.trace.out_spec,
-        output_leaves=policy.leaves,
-        tied=()
-        if policy.inner.trace is None
-        else tied_over_cuts(policy.inner.trace, [cut.before for cut in plan.cuts]),
-        state_names=tuple(state),
-        aliases=names,
-        untouched_state={n: t for n, t in state.items() if names.get(n, n) not in used},
-        num_dropouts_removed=policy.removed,
-    )
+    trace = policy.inner.trace
+    shared: set[int] = set()
+    for index in indices:
+        _copy_shared(pipe.get_stage_module(index), shared)
+        stage = pipe.build_stage(index, device.torch_device)
+        _take_flat_inputs(stage.submod)
+        yield BuiltStage(
+            stage=stage,
+            out_spec=None if stock or trace is None else trace.out_spec,
+            output_leaves=policy.leaves,
+            tied=() if trace is None else tied_over_cuts(trace, [cut.before for cut in plan.cuts]),
+            state_names=tuple(state),
+            aliases=names,
+            untouched_state={n: t for n, t in state.items() if names.get(n, n) not in used},
+            num_dropouts_removed=policy.removed,
+        )
+
+
+def _copy_shared(module: nn.Module, seen: set[int]) -> None:
+    """Give `module` copies of the parameters and buffers that an earlier stage (in `seen`, by id) holds too."""
+    copies: dict[int, torch.Tensor] = {}
+    own: set[int] = set()
+    for part in module.modules():
+        held: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for tensors in held:
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) in seen:
+                    tensors[name] = copies.setdefault(id(tensor), copy.deepcopy(tensor))
+                elif tensor is not None:
+                    own.add(id(tensor))
+    seen |= own
 
 
 def _policy_pipe(

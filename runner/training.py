@@ -90,10 +90,7 @@ class Trainer:
 
         `watch` runs the two parts of the step that it is given, schedule and optimizer.
         """
-        self.losses = []
-        inputs, self.targets = _on_device(batch, self.device)
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
+        inputs = self._take_batch(batch)
         dist.barrier()
         wall = time.perf_counter()
         watch(lambda: self._run_schedule(inputs))
@@ -105,7 +102,19 @@ class Trainer:
         if self.optimizer is not None:
             watch(self._optimizer_step)
         optimizer = (before, self.device.stamp())
-        samples = self.recorder.take(number, optimizer, (backward_wall + time.perf_counter() - wall) * 1e3)
+        return self._result(number, norm, optimizer, (backward_wall + time.perf_counter() - wall) * 1e3)
+
+    def _take_batch(self, batch: tuple[Any, Any]) -> Any:
+        """Make ready for a step on `batch`, without gradients; returns its inputs on the device."""
+        self.losses = []
+        inputs, self.targets = _on_device(batch, self.device)
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        return inputs
+
+    def _result(self, number: int, norm: float, optimizer: tuple[Any, Any], wall_ms: float) -> StepResult:
+        """What a finished step left behind. Raises RunError where its loss is not finite."""
+        samples = self.recorder.take(number, optimizer, wall_ms)
         loss = self.batch_loss()
         if loss is not None and not math.isfinite(loss):
             raise RunError(
@@ -121,13 +130,17 @@ class Trainer:
     ) -> StepResult:
         """A step whose peak memory is measured instead of its times: the instrument would distort them."""
         peaks: list[int] = []
+        result = self.step(number, batch, after_backward, self._memory_watch(peaks))
+        return replace(result, samples=None, peak_memory_bytes=max(peaks))
+
+    def _memory_watch(self, peaks: list[int]) -> Callable[[Callable[[], None]], None]:
+        """Runs a part of a step and appends its peak memory to `peaks`."""
 
         def watch(work: Callable[[], None]) -> None:
             resting = resting_bytes(self.stage, self.optimizer)
             peaks.append(measure_peak_memory(self.device, resting, work))
 
-        result = self.step(number, batch, after_backward, watch)
-        return replace(result, samples=None, peak_memory_bytes=max(peaks))
+        return watch
 
     def _sum_tied_gradients(self) -> None:
         if self.ties is not None:
@@ -140,13 +153,16 @@ class Trainer:
         assert self.optimizer is not None
         self.optimizer.step()
 
-    def _run_schedule(self, inputs: Any) -> None:
+    def _arguments(self, inputs: Any) -> list[torch.Tensor]:
+        """What the schedule takes from the batch: its input tensors on the first stage."""
         leaves = [leaf for leaf in tree_leaves(as_call(inputs)) if isinstance(leaf, torch.Tensor)]
-        arguments = leaves if self.stage.is_first else []
+        return leaves if self.stage.is_first else []
+
+    def _run_schedule(self, inputs: Any) -> None:
         keywords: dict[str, Any] = {}
         if self.stage.is_last:
             keywords = {"target": torch.arange(self.plan.batch_size), "losses": self.losses}
-        self.schedule.step(*arguments, **keywords, return_outputs=False)
+        self.schedule.step(*self._arguments(inputs), **keywords, return_outputs=False)
 
     def _squared_norm(self) -> float:
         """Σ g² of this stage; a tied parameter counts on its first holder only."""
