@@ -7,13 +7,38 @@ with the receive buffers and saved activations of a real rank.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import torch
 
 Slot = tuple[Literal["forward", "backward"], int, int]
+
+
+class SentMessages:
+    """What torch's schedule still holds of what a stage has sent, so that a stage alone peaks where its rank would.
+
+    GPipe holds every message until its step ends. 1F1B holds the latest of each direction, and the last one that its
+    warm-up sent off by itself until the first backward without a forward after it. Measured: the peaks are equal.
+    """
+
+    def __init__(self, stage: Any, num_microbatches: int, schedule: str) -> None:
+        warm_up = min(num_microbatches, stage.num_stages - stage.stage_index)
+        self.keeps_all = schedule != "1f1b"
+        self.last_of_warm_up, self.first_of_cooldown = warm_up - 2, num_microbatches - warm_up
+        self.held: dict[Hashable, list[torch.Tensor]] = {}
+
+    def add(self, slot: Slot, tensors: list[torch.Tensor]) -> None:
+        """`tensors` were sent."""
+        direction, _, microbatch = slot
+        if self.keeps_all:
+            self.held[slot] = tensors
+            return
+        self.held[direction] = tensors
+        if direction == "forward" and microbatch == self.last_of_warm_up:
+            self.held["warm-up"] = tensors
+        if direction == "backward" and microbatch == self.first_of_cooldown:
+            self.held.pop("warm-up", None)
 
 
 class Boundaries:
@@ -25,18 +50,13 @@ class Boundaries:
     def __init__(self) -> None:
         self.slots: dict[Slot, list[torch.Tensor]] = {}
 
-    def connect(self, stage: Any, num_sends_held: int | None) -> Callable[[], None]:
-        """Answer `stage`'s messages from here. Returns what to call at the end of each of its steps.
-
-        Gradients that were sent stay alive as in a running pipeline: the latest `num_sends_held` microbatches, or all
-        of a step for None.
-        """
+    def connect(self, stage: Any, sent: SentMessages) -> None:
+        """Answer `stage`'s messages from here; what it sends also stays in `sent`."""
         index = stage.stage_index
-        sent: deque[list[torch.Tensor]] = deque(maxlen=num_sends_held)
 
-        def keep_gradients(slot: Slot, operations: Sequence[Any]) -> None:
+        def keep(slot: Slot, operations: Sequence[Any]) -> None:
             self._keep(slot, operations)
-            sent.append([operation.tensor for operation in operations])
+            sent.add(slot, [operation.tensor for operation in operations])
 
         def answer(name: str, work: Callable[[Slot, Sequence[Any]], None], direction: Any, after: int) -> None:
             messages = getattr(stage, name)
@@ -48,11 +68,10 @@ class Boundaries:
             setattr(stage, name, answered)
 
         answer("get_fwd_recv_ops", self._fill, "forward", index)
-        answer("get_fwd_send_ops", self._keep, "forward", index + 1)
+        answer("get_fwd_send_ops", keep, "forward", index + 1)
         answer("get_bwd_recv_ops", self._fill, "backward", index + 1)
-        answer("get_bwd_send_ops", keep_gradients, "backward", index)
+        answer("get_bwd_send_ops", keep, "backward", index)
         stage._get_init_p2p_neighbors_ops = list  # the handshake before the first step: there is nobody to greet
-        return sent.clear
 
     def _keep(self, slot: Slot, operations: Sequence[Any]) -> None:
         if not operations:  # a pass without backward

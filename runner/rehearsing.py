@@ -22,7 +22,7 @@ from planner.machine.device import Device
 from planner.tracing.loading import ModelSource
 from runner.checking import Reference
 from runner.exact_ties import exact_sum
-from runner.loopback import Boundaries
+from runner.loopback import Boundaries, SentMessages
 from runner.parking import Parking
 from runner.stages import BuiltStage, build_stages
 from runner.training import StepResult, Trainer, training_batches
@@ -48,8 +48,8 @@ class RehearsedStage(Trainer):
         exact_ties: bool = False,
     ) -> None:
         super().__init__(plan, source, built, device, exact_ties=exact_ties)
-        num_sends_held = 1 if plan.schedule == "1f1b" else None
-        self.release_sent = boundaries.connect(self.stage, num_sends_held)
+        self.sent = SentMessages(self.stage, plan.num_microbatches, plan.schedule or "gpipe")
+        boundaries.connect(self.stage, self.sent)
         self.filling = ScheduleGPipe(self.stage, plan.num_microbatches, scale_grads=False)
         self.parking = Parking(device.torch_device, self.stage.submod, self.optimizer, self.stage)
         self.parking.leave()
@@ -66,6 +66,7 @@ class RehearsedStage(Trainer):
                 for buffer, before in buffers:
                     buffer.copy_(before)
             self.stage.clear_runtime_states()
+            self.sent.held.clear()
             self.recorder.events.clear()
 
     def run(self, batch: tuple[Any, Any], *, memory: bool) -> None:
@@ -76,7 +77,7 @@ class RehearsedStage(Trainer):
             wall = time.perf_counter()
             self._watch(memory)(lambda: self._run_schedule(inputs))
             self.wall_ms = (time.perf_counter() - wall) * 1e3
-            self.release_sent()
+            self.sent.held.clear()
 
     def finish(self, number: int, *, memory: bool) -> StepResult:
         """Let the optimizer step. In a step whose memory is measured nothing is timed."""
