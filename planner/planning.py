@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[float, str], None]
 DEFAULT_BATCH_SIZE = 16
+WORTH_A_CHANGE = 0.001
+EQUAL = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +138,11 @@ class _Candidate:
     solution: ChainSolution
 
 
-def plan_profile(profile: Profile, request: PlanRequest) -> Plan:
-    """Solve every microbatch count that was profiled, and assemble the best plan. Needs no hardware."""
+def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...] | None = None) -> Plan:
+    """Solve every microbatch count that was profiled, and assemble the best plan. Needs no hardware.
+
+    The cuts `keep` (indices of layers) stay unless others save at least 0.1 % of the step.
+    """
     from planner.partitioning.chain import best_plain_within, solve_chain
     from planner.partitioning.layer_graph import build_layer_graph, chain_of
 
@@ -151,7 +156,17 @@ def plan_profile(profile: Profile, request: PlanRequest) -> Plan:
     best = min(candidates, key=lambda candidate: candidate.solution.step_ms)
     plain = best_plain_within(best.chain, request.gpus, best.num_microbatches, best.solution.step_ms, request.schedule)
     cuts = best.solution.cuts if plain is None else plain
+    if keep is not None and _as_good(best, keep, request):
+        cuts = keep
     return _assemble(profile, request, best, cuts, candidates)
+
+
+def _as_good(best: _Candidate, cuts: tuple[int, ...], request: PlanRequest) -> bool:
+    from planner.partitioning.chain_costs import is_plain, step_ms
+
+    step = step_ms(best.chain, cuts, best.num_microbatches, request.schedule)
+    allowed = not request.plain or is_plain(best.chain, cuts)
+    return allowed and step <= best.solution.step_ms * (1 + WORTH_A_CHANGE)
 
 
 def profiled_counts(profile: Profile, batch_size: int, request: PlanRequest) -> tuple[int, ...]:
@@ -184,7 +199,7 @@ def _assemble(
             num_parameters=profile.model.num_parameters,
             entry=profile.model.entry,
         ),
-        status=solution.status,
+        status=solution.status if step <= solution.step_ms * (1 + EQUAL) else "feasible",
         objective_ms=step,
         lower_bound_ms=min(solution.lower_bound_ms, step),
         solver=SolverRecord(

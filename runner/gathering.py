@@ -86,6 +86,7 @@ def build_measurement(
         reference_loss=reference[0] if reference else None,
         reference_loss_name=reference[1] if reference else "",
         rehearsed=rehearsed,
+        cuts=tuple(cut.before for cut in plan.cuts),
     )
 
 

@@ -90,7 +90,8 @@ class SpeedUp:
 class Measurement:
     """Everything that a run measured. `clock` says how stage times, `step_clock` how the step was taken.
 
-    `rehearsed`: the stages ran one after the other on one device; `wall_step_ms` is then the sum over the stages.
+    `cuts` are the layers that stages 1, 2, … began with. `rehearsed`: the stages ran one after the other on one
+    device; `wall_step_ms` is then the sum over the stages.
     """
 
     plan: str
@@ -112,6 +113,7 @@ class Measurement:
     reference_loss: float | None = None
     reference_loss_name: str = ""
     rehearsed: bool = False
+    cuts: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write the measurement as JSON, atomically."""
