@@ -1,10 +1,11 @@
 """Measured stages → corrected layers: which layers were mispredicted, as far as sums over stages can say.
 
-A stage's time is the sum of its layers'. The unknown of a layer is the logarithm of its true ÷ profiled time, in three
-parts that are expected to be small: one for the whole machine, one for all layers of equal structure, one of its own,
-as wide as the profile's spread. Among all unknowns that give the sums that were measured, the likeliest are taken
-(least squares with that prior; Tarantola, Inverse Problem Theory, 3.2): sums of the newest run hold exactly, sums of
-older ones within their spread. Forward, backward, first backward and optimizer are attributed apart.
+A stage's time is the sum of its layers'. The unknown of a layer is the logarithm of its true ÷ profiled time: one part
+for the whole machine, which is the ratio of the totals, and two that are expected to be small: one for all layers of
+equal structure, one of its own, as wide as the profile's spread and the place of a layer make it. Among all unknowns
+that give the sums that were measured, the likeliest are taken (least squares with that prior; Tarantola, Inverse
+Problem Theory, 3.2): sums of the newest run hold exactly, sums of older ones within their spread. Forward, backward,
+first backward and optimizer are attributed apart.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from planner.files.profile_file import LayerProfile, SizeProfile, TiedProfile
 
 Array = npt.NDArray[np.float64]
 
-MACHINE_ERROR = 0.5
 STRUCTURE_ERROR = 0.2
-LEAST_OWN_ERROR = 0.002
+LEAST_OWN_ERROR = 0.03
 LEAST_NOISE = 0.002
 EXACT = 1e-7
 MAX_ITERATIONS = 100
@@ -66,36 +66,16 @@ def attribute(size: SizeProfile, runs: Sequence[MeasuredRun]) -> Attribution:
         raise ValueError("attribution needs runs with one stage more than cuts")
     layers = size.layers
     structures = [layer.structure or layer.id for layer in layers]
-    rows = np.vstack([stage_rows(run.cuts, len(layers)) for run in runs])
+    rows = [stage_rows(run.cuts, len(layers)) for run in runs]
 
-    def fitted(
-        costs: Sequence[float],
-        spreads: Sequence[float],
-        measured: Callable[[StageFigures], float],
-        noise: Callable[[StageFigures], float],
-    ) -> Array:
-        sums, noises = _sums(runs, measured, noise)
-        return corrected_costs(np.array(costs), np.array(spreads), structures, rows, sums, noises)
+    def fitted(field: str, measured: Callable[[StageFigures], tuple[float, float]]) -> Array:
+        spread = "forward_spread_ms" if field == "forward_ms" else "backward_spread_ms"
+        costs = [float(getattr(layer, field)) for layer in layers]
+        return _fitted(runs, rows, costs, [float(getattr(layer, spread)) for layer in layers], structures, measured)
 
-    forward = fitted(
-        [layer.forward_ms for layer in layers],
-        [layer.forward_spread_ms for layer in layers],
-        lambda stage: stage.forward_ms,
-        lambda stage: stage.forward_spread_ms,
-    )
-    spreads = [layer.backward_spread_ms for layer in layers]
-    backward = fitted(
-        [layer.backward_ms for layer in layers],
-        spreads,
-        lambda stage: stage.backward_ms,
-        lambda stage: stage.backward_spread_ms,
-    )
-    first = fitted(
-        [layer.backward_first_ms for layer in layers],
-        spreads,
-        lambda stage: stage.backward_first_ms,
-        lambda stage: stage.backward_spread_ms,
-    )
+    forward = fitted("forward_ms", lambda stage: (stage.forward_ms, stage.forward_spread_ms))
+    backward = fitted("backward_ms", lambda stage: (stage.backward_ms, stage.backward_spread_ms))
+    first = fitted("backward_first_ms", lambda stage: (stage.backward_first_ms, stage.backward_spread_ms))
     optimizer, tied = _optimizer(size, runs)
     fixed = tuple(
         replace(layer, forward_ms=float(f), backward_ms=float(b), backward_first_ms=float(b1), optimizer_ms=float(o))
@@ -134,15 +114,16 @@ def corrected_costs(
         return costs
     own = np.hypot(LEAST_OWN_ERROR, np.divide(spreads, costs, out=np.zeros_like(costs), where=costs > 0))
     equal = np.array(structures)[:, None] == np.array(structures)[None, :]
-    prior = MACHINE_ERROR**2 + STRUCTURE_ERROR**2 * equal + np.diag(own**2)
-    unknown = np.full(len(costs), np.log(sums.sum() / (rows @ costs).sum()))
-    for _ in range(MAX_ITERATIONS):
+    prior = STRUCTURE_ERROR**2 * equal + np.diag(own**2)
+    machine = np.full(len(costs), np.log(sums.sum() / (rows @ costs).sum()))
+    unknown = machine
+    for iteration in range(MAX_ITERATIONS):
         now = costs * np.exp(unknown)
         slope = rows * now
         covariance = slope @ prior @ slope.T + np.diag(noises**2)
-        target = sums - slope.sum(axis=1) + slope @ unknown
-        better = prior @ slope.T @ np.linalg.solve(covariance, target)
-        change = np.clip(better - unknown, -1.0, 1.0)
+        target = sums - slope.sum(axis=1) + slope @ (unknown - machine)
+        better = machine + prior @ slope.T @ np.linalg.solve(covariance, target)
+        change = np.clip(better - unknown, -1.0, 1.0) * (1.0 if iteration < MAX_ITERATIONS // 4 else 0.5)
         unknown = unknown + change
         if np.abs(change).max() < 1e-12:
             break
@@ -150,23 +131,33 @@ def corrected_costs(
     return corrected
 
 
-def _sums(
-    runs: Sequence[MeasuredRun], measured: Callable[[StageFigures], float], noise: Callable[[StageFigures], float]
-) -> tuple[Array, Array]:
-    """What every stage of every run took, and how exact that is; older runs brought to the speed of the newest.
+def _fitted(
+    runs: Sequence[MeasuredRun],
+    rows: Sequence[Array],
+    costs: Sequence[float],
+    spreads: Sequence[float],
+    structures: Sequence[str],
+    measured: Callable[[StageFigures], tuple[float, float]],
+) -> Array:
+    """`corrected_costs` from all runs; `rows` are those of each, `measured` gives a time of a stage and its spread.
 
-    All runs hold all layers, so their totals differ by the machine's drift only.
+    Every run holds all layers, so their ratios of measured ÷ profiled total differ by the machine's drift only: older
+    runs are brought to the speed of the newest.
     """
-    total = sum(map(measured, runs[-1].stages))
-    sums: list[float] = []
-    noises: list[float] = []
-    for run in runs:
-        own = sum(map(measured, run.stages))
-        scale = total / own if own > 0 else 1.0
-        sums += [scale * measured(stage) for stage in run.stages]
-        newest = run is runs[-1]
-        noises += [0.0 if newest else scale * max(noise(s), LEAST_NOISE * measured(s)) for s in run.stages]
-    return np.array(sums), np.array(noises)
+    prior = np.array(costs)
+    taken = [np.array([measured(stage) for stage in run.stages]) for run in runs]
+    speeds = [_ratio(times[:, 0].sum(), (own @ prior).sum()) for times, own in zip(taken, rows, strict=True)]
+    sums, noises = [], []
+    for run, times, speed in zip(runs, taken, speeds, strict=True):
+        scale = _ratio(speeds[-1], speed)
+        sums.append(scale * times[:, 0])
+        noises.append(scale * np.maximum(times[:, 1], LEAST_NOISE * times[:, 0]) * (run is not runs[-1]))
+    every = np.vstack(rows)
+    return corrected_costs(prior, np.array(spreads), structures, every, np.concatenate(sums), np.concatenate(noises))
+
+
+def _ratio(value: float, to: float) -> float:
+    return float(value / to) if value > 0 and to > 0 else 1.0
 
 
 def _optimizer(size: SizeProfile, runs: Sequence[MeasuredRun]) -> tuple[Array, tuple[TiedProfile, ...]]:
@@ -175,13 +166,10 @@ def _optimizer(size: SizeProfile, runs: Sequence[MeasuredRun]) -> tuple[Array, t
     rows = []
     for run in runs:
         own = stage_rows(run.cuts, len(layers))
-        held = [own[:, list(entry.layers)].max(axis=1) for entry in tied]
-        rows.append(np.column_stack([own, *held]))
-    costs = np.array([*(layer.optimizer_ms for layer in layers), *(entry.optimizer_ms for entry in tied)])
+        rows.append(np.column_stack([own, *(own[:, list(entry.layers)].max(axis=1) for entry in tied)]))
+    costs = [*(layer.optimizer_ms for layer in layers), *(entry.optimizer_ms for entry in tied)]
     names = [*(layer.structure or layer.id for layer in layers), *(f"tied {entry.name}" for entry in tied)]
-    sums = np.array([stage.optimizer_ms for run in runs for stage in run.stages])
-    noises = np.concatenate([np.full(len(run.stages), 0.0 if run is runs[-1] else 1.0) for run in runs])
-    fixed = corrected_costs(costs, np.zeros_like(costs), names, np.vstack(rows), sums, noises * LEAST_NOISE * sums)
+    fixed = _fitted(runs, rows, costs, [0.0] * len(costs), names, lambda stage: (stage.optimizer_ms, 0.0))
     own = fixed[len(layers) :]
     return fixed[: len(layers)], tuple(replace(t, optimizer_ms=float(ms)) for t, ms in zip(tied, own, strict=True))
 
