@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ def build_stages(
 ) -> Iterator[BuiltStage]:
     """The stages `indices` of `plan`, cut from one model, each put on `device` when it is asked for.
 
-    Several stages in one process hold copies of what they share, as ranks do. Raises what `build_stage` raises.
+    torch gives every stage copies of the tied parameters that it holds, as ranks have them. Raises what `build_stage` raises.
     """
     model = build(source, plan.seed)
     inputs, _ = make_batch(source, plan.seed, 0, plan.batch_size)
@@ -123,9 +122,7 @@ def build_stages(
         raise TraceError(f"torch made {pipe.num_stages} stages", f"the plan has {plan.num_stages}", "plan again")
     used = {name for k in range(plan.num_stages) for name, _ in _state_of(pipe.get_stage_module(k))}
     trace = policy.inner.trace
-    shared: set[int] = set()
     for index in indices:
-        _copy_shared(pipe.get_stage_module(index), shared)
         stage = pipe.build_stage(index, device.torch_device)
         _take_flat_inputs(stage.submod)
         yield BuiltStage(
@@ -138,21 +135,6 @@ def build_stages(
             untouched_state={n: t for n, t in state.items() if names.get(n, n) not in used},
             num_dropouts_removed=policy.removed,
         )
-
-
-def _copy_shared(module: nn.Module, seen: set[int]) -> None:
-    """Give `module` copies of the parameters and buffers that an earlier stage (in `seen`, by id) holds too."""
-    copies: dict[int, torch.Tensor] = {}
-    own: set[int] = set()
-    for part in module.modules():
-        held: list[dict[str, Any]] = [part._parameters, part._buffers]
-        for tensors in held:
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) in seen:
-                    tensors[name] = copies.setdefault(id(tensor), copy.deepcopy(tensor))
-                elif tensor is not None:
-                    own.add(id(tensor))
-    seen |= own
 
 
 def _policy_pipe(
