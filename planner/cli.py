@@ -74,6 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     profile.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     profile.add_argument("--profile", metavar="FILE", help="plan from this profile, without hardware")
     profile.add_argument("--fresh", action="store_true", help="measure again even where a fitting profile exists")
+    profile.add_argument(
+        "--from-measurement",
+        nargs="+",
+        metavar="FILE",
+        help="correct a profile (NAME.profile.json, or --profile) by what runs measured, oldest first, and plan again",
+    )
     parser.add_argument("--train", action="store_true", help="then train the plan here and compare")
     add_run_flags(parser)
     return parser
@@ -92,6 +98,8 @@ def run(flags: argparse.Namespace) -> int:
         return 0
     _refuse_drawing(flags)
     _take_configuration(flags)
+    if flags.from_measurement is not None:
+        return _plan_again(flags)
     if flags.graph is not None:
         return _plan_graph(flags)
     with stdout_to_stderr(flags.json):
@@ -144,8 +152,9 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         raise UsageError(got, "a plan comes from one of the two", "for example: plan --gpus 4 model.py")
     if flags.objective is not None or flags.no_transfers or flags.cut_at is not None:
         raise UsageError("--objective, --no-transfers or --cut-at", "they go with --graph FILE", "leave them out")
-    if not flags.train and run_arguments(flags):
-        raise UsageError(f"{run_arguments(flags)[0]} without --train", "it says how to train", "add --train")
+    if flags.output is not None and flags.output in (flags.profile, (flags.model or "").partition(":")[0]):
+        raise UsageError(f"-o {flags.output}", "the plan may not overwrite what it is made from", "name another file")
+    _refuse_untrained(flags)
     return PlanRequest(
         gpus=flags.gpus,
         batch_size=flags.batch_size,
@@ -157,6 +166,27 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         schedule=flags.schedule,
         memory_bytes=flags.memory,
     )
+
+
+def _refuse_untrained(flags: argparse.Namespace) -> None:
+    if not flags.train and run_arguments(flags):
+        raise UsageError(f"{run_arguments(flags)[0]} without --train", "it says how to train", "add --train")
+
+
+def _plan_again(flags: argparse.Namespace) -> int:
+    """Plan again from what runs measured."""
+    from planner.files.profile_file import Profile
+    from planner.planning import relative_to
+    from planner.replanning_command import plan_again
+
+    _refuse_untrained(flags)
+    again = plan_again(flags, lambda path: with_model_file(Profile.load(path), path))
+    plan, output = again.plan, again.output if flags.output is None else Path(flags.output)
+    if plan.model.file is not None:
+        plan = replace(plan, model=replace(plan.model, file=relative_to(plan.model.file, output.parent)))
+    plan.save(output)
+    print(plan.to_json() if flags.json else again.text + f"\nwrote {output}", flush=True)
+    return _train(flags, output) if flags.train else 0
 
 
 def _plan_graph(flags: argparse.Namespace) -> int:

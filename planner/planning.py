@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[float, str], None]
 DEFAULT_BATCH_SIZE = 16
+WORTH_A_CHANGE = 0.001
+EQUAL = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +152,11 @@ class _Candidate:
     solution: ChainSolution
 
 
-def plan_profile(profile: Profile, request: PlanRequest) -> Plan:
+def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...] | None = None) -> Plan:
     """Solve every microbatch count that was profiled, and assemble the best plan. Needs no hardware.
 
-    Counts at which no cut fits into the memory are left out. Raises InfeasibleError where that is all of them.
+    Counts at which no cut fits into the memory are left out. The cuts `keep` (indices of layers) stay unless others
+    save at least 0.1 % of the step. Raises InfeasibleError where nothing fits.
     """
     from planner.memory_advice import explain_infeasible
     from planner.partitioning.chain import best_plain_within, solve_chain
@@ -186,6 +189,8 @@ def plan_profile(profile: Profile, request: PlanRequest) -> Plan:
         best.chain, request.gpus, best.num_microbatches, best.solution.step_ms, request.schedule, limit
     )
     cuts = best.solution.cuts if plain is None else plain
+    if keep is not None and _as_good(best, keep, request):
+        cuts = keep
     return _assemble(profile, request, best, cuts, candidates)
 
 
@@ -236,6 +241,14 @@ def memory_limit(profile: Profile, request: PlanRequest) -> MemoryLimit | None:
     return MemoryLimit(limit, profile.machine.reserved_bytes)
 
 
+def _as_good(best: _Candidate, cuts: tuple[int, ...], request: PlanRequest) -> bool:
+    from planner.partitioning.chain_costs import is_plain, step_ms
+
+    step = step_ms(best.chain, cuts, best.num_microbatches, request.schedule)
+    allowed = not request.plain or is_plain(best.chain, cuts)
+    return allowed and step <= best.solution.step_ms * (1 + WORTH_A_CHANGE)
+
+
 def profiled_counts(profile: Profile, batch_size: int, request: PlanRequest) -> tuple[int, ...]:
     """The candidate counts whose microbatch size is in the profile. Raises UsageError where none is."""
     sizes = {size.microbatch_size for size in profile.sizes}
@@ -266,7 +279,7 @@ def _assemble(
             num_parameters=profile.model.num_parameters,
             entry=profile.model.entry,
         ),
-        status=solution.status,
+        status=solution.status if step <= solution.step_ms * (1 + EQUAL) else "feasible",
         objective_ms=step,
         lower_bound_ms=min(solution.lower_bound_ms, step),
         solver=SolverRecord(

@@ -17,7 +17,7 @@ AGAINST = {
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a plan is trained and what is compared."""
     group = parser.add_argument_group("training a plan (run-plan, and plan --train)")
-    group.add_argument("--steps", type=whole_number(0), metavar="N", help="train N steps (default 20)")
+    group.add_argument("--steps", type=whole_number(0), metavar="N", help="train N steps (default 20; 8 rehearsed)")
     group.add_argument(
         "--check",
         action="store_true",
@@ -40,6 +40,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="profile the last 4 steps on every rank (no times are taken from them) and write the traces, and the"
         " predicted and measured step, for TensorBoard's profiler plugin",
     )
+    group.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run the stages one after the other on one device, with real activations and gradients, and simulate the"
+        " step from their measured times",
+    )
     group.add_argument("--run-dir", metavar="DIR", help="where the report goes (default runs/NAME-TIME)")
 
 
@@ -50,7 +56,7 @@ def run_arguments(flags: argparse.Namespace) -> list[str]:
         value = getattr(flags, name)
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]
-    arguments += [f"--{name}" for name in ("check", "stock") if getattr(flags, name)]
+    arguments += [f"--{name}" for name in ("check", "stock", "rehearse") if getattr(flags, name)]
     return arguments
 
 

@@ -37,7 +37,8 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
         plan.split_spec()
     kind = device_kind(options.device)
     resolved = [*arguments, "--run-dir", str(options.run_dir)]
-    run_workers(module, resolved, plan.num_stages, worker_environment(kind))
+    num_workers = 1 if options.rehearse else plan.num_stages
+    run_workers(module, resolved, num_workers, worker_environment(kind))
     return 0
 
 
@@ -49,15 +50,20 @@ def refuse_impossible(options: RunOptions, num_stages: int) -> None:
     if options.steps == 0:
         raise UsageError("--steps 0", "a run trains and measures at least one step", "give --steps 1 or more")
     refuse_unusable(options)
+    if options.rehearse and options.against is not None:
+        raise UsageError(
+            "--rehearse with --against", "two cuts are compared in one running pipeline", "leave one of them out"
+        )
     if device_kind(options.device) == "cuda":
         import torch
 
-        found = torch.cuda.device_count()
-        if found < num_stages:
+        found, needed = torch.cuda.device_count(), 1 if options.rehearse else num_stages
+        if found < needed:
             raise UsageError(
                 f"{found} CUDA device{'s' if found != 1 else ''} for {num_stages} stages",
                 "every stage needs a device of its own",
-                f"use --device cpu, or plan again with --gpus {max(found, 1)}",
+                f"use {'--rehearse (the stages one after the other), ' if found else ''}--device cpu,"
+                f" or plan again with --gpus {max(found, 1)}",
             )
 
 

@@ -113,6 +113,7 @@ class BalanceReport:
     drift: float | None
     clock_words: str
     device_name: str
+    rehearsed: bool = False
 
     @property
     def largest_error(self) -> float:
@@ -170,6 +171,7 @@ def compare(plan: Plan, measurement: Measurement) -> BalanceReport:
         drift=measurement.drift,
         clock_words=clock_words(measurement),
         device_name=measurement.machine.device_name,
+        rehearsed=measurement.rehearsed,
     )
 
 
@@ -189,6 +191,9 @@ def clock_words(measurement: Measurement) -> str:
     clock = {"thread-cpu": "thread CPU time", "cuda-event": "CUDA events"}[measurement.clock]
     if measurement.step_clock == "wall":
         return f"{clock}, step by the wall clock"
+    if measurement.rehearsed:
+        device = "core" if measurement.machine.device == "cpu" else "device"
+        return f"{clock}, stages rehearsed one after the other on one {device}, step simulated from their times"
     workers, devices = len(measurement.stages), measurement.machine.num_devices
     simulated = f"{clock}, step simulated from measured stage times"
     if workers <= devices:

@@ -37,10 +37,12 @@ def build_measurement(
     check: CheckResult | None,
     speed_up: SpeedUp | None,
     reference: tuple[float, str] | None,
+    *,
+    rehearsed: bool = False,
 ) -> Measurement:
     """The measurement of a run from the results of its ranks, in the order of the stages.
 
-    Raises ValueError where no step was timed.
+    A rehearsed step is always simulated from the stages' times. Raises ValueError where no step was timed.
     """
     samples = [timed_samples(rank) for rank in results]
     times = [stage_times(stage) for stage in samples]
@@ -49,7 +51,7 @@ def build_measurement(
     wall_step_ms = median(
         max(walls) for walls in zip(*([s.step_wall_ms for s in rank] for rank in samples), strict=True)
     )
-    step_clock = choose_step_clock(plan.num_stages, clock)
+    step_clock: StepClock = "simulated" if rehearsed else choose_step_clock(plan.num_stages, clock)
     predicted_work = sum(stage.load_ms for stage in plan.stages)
     measured_work = sum(t.forward_ms + t.backward_ms for t in times)
     return Measurement(
@@ -83,6 +85,8 @@ def build_measurement(
         speed_up=speed_up,
         reference_loss=reference[0] if reference else None,
         reference_loss_name=reference[1] if reference else "",
+        rehearsed=rehearsed,
+        cuts=tuple(cut.before for cut in plan.cuts),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from planner.run_flags import add_run_flags
 
 DEFAULT_STEPS = 20
+DEFAULT_REHEARSED_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class RunOptions:
     stock: bool
     against: str | None
     tensorboard: Path | None
+    rehearse: bool
     run_dir: Path
     quiet: bool
     debug: bool
@@ -61,17 +63,19 @@ def parse_options(arguments: list[str]) -> RunOptions:
     plan = Path(flags.plan)
     name = plan.name.removesuffix(".json").removesuffix(".plan")
     run_dir = Path(flags.run_dir) if flags.run_dir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    default_steps = DEFAULT_REHEARSED_STEPS if flags.rehearse else DEFAULT_STEPS
     return RunOptions(
         plan=plan,
         model=flags.model,
         device=flags.device,
-        steps=DEFAULT_STEPS if flags.steps is None else flags.steps,
+        steps=default_steps if flags.steps is None else flags.steps,
         check=flags.check,
         tolerance=flags.tolerance,
         export_weights=Path(flags.export_weights) if flags.export_weights else None,
         stock=flags.stock,
         against=AGAINST[flags.against] if flags.against else None,
         tensorboard=Path(flags.tensorboard) if flags.tensorboard is not None else None,
+        rehearse=flags.rehearse,
         run_dir=run_dir,
         quiet=flags.quiet,
         debug=flags.debug,

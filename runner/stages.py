@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ def build_stage(
 
     Raises TraceError where the model is no longer the planned one, UsageError where `stock` cannot be.
     """
-    return build_stages(plan, source, (index,), device, without_dropout=without_dropout, stock=stock)[0]
+    return next(build_stages(plan, source, [index], device, without_dropout=without_dropout, stock=stock))
 
 
 def build_stages(
@@ -109,8 +109,12 @@ def build_stages(
     *,
     without_dropout: bool = False,
     stock: bool = False,
-) -> tuple[BuiltStage, ...]:
-    """The stages `indices` of `plan`, for a rank that holds several; one export for all. See `build_stage`."""
+) -> Iterator[BuiltStage]:
+    """The stages `indices` of `plan`, cut from one model, each put on `device` when it is asked for.
+
+    torch gives every stage copies of the tied parameters that it holds, as ranks have them. Raises what `build_stage`
+    raises.
+    """
     model = build(source, plan.seed)
     inputs, _ = make_batch(source, plan.seed, 0, plan.batch_size)
     args, kwargs = as_call(rows(inputs, 0, plan.microbatch_size))
@@ -121,24 +125,21 @@ def build_stages(
     if pipe.num_stages != plan.num_stages:
         raise TraceError(f"torch made {pipe.num_stages} stages", f"the plan has {plan.num_stages}", "plan again")
     used = {name for k in range(plan.num_stages) for name, _ in _state_of(pipe.get_stage_module(k))}
-    cuts = [cut.before for cut in plan.cuts]
-
-    def built(index: int) -> BuiltStage:
+    trace = policy.inner.trace
+    for index in indices:
         stage = pipe.build_stage(index, device.torch_device)
         _take_flat_inputs(stage.submod)
-        return BuiltStage(
+        yield BuiltStage(
             stage=stage,
-            out_spec=None if stock or policy.inner.trace is None else policy.inner.trace.out_spec,
+            out_spec=None if stock or trace is None else trace.out_spec,
             output_leaves=policy.leaves,
-            tied=() if policy.inner.trace is None else tied_over_cuts(policy.inner.trace, cuts),
+            tied=() if trace is None else tied_over_cuts(trace, [cut.before for cut in plan.cuts]),
             state_names=tuple(state),
             aliases=names,
             untouched_state={n: t for n, t in state.items() if names.get(n, n) not in used},
             num_dropouts_removed=policy.removed,
             inputs=TracedInputs.of(inputs),
         )
-
-    return tuple(built(index) for index in indices)
 
 
 def _policy_pipe(

@@ -79,11 +79,7 @@ class Trainer:
 
         `watch` runs the two parts of the step that it is given, schedule and optimizer.
         """
-        self.losses = []
-        inputs = self.built.inputs.tensors(batch[0], f"step {number}")
-        inputs, self.targets = self._own_share(inputs, batch[1])
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
+        inputs = self._take_batch(batch, f"step {number}")
         dist.barrier()
         wall = time.perf_counter()
         watch(lambda: self._run_schedule(inputs))
@@ -96,7 +92,20 @@ class Trainer:
         if self.optimizer is not None:
             watch(self._optimizer_step)
         optimizer = (before, self.device.stamp())
-        samples = self.recorder.take(number, optimizer, (backward_wall + time.perf_counter() - wall) * 1e3)
+        return self._result(number, norm, optimizer, (backward_wall + time.perf_counter() - wall) * 1e3)
+
+    def _take_batch(self, batch: tuple[Any, Any], where: str = "a rehearsed step") -> list[torch.Tensor]:
+        """Make ready for a step on `batch`, without gradients; what the schedule takes of it, on the device."""
+        self.losses = []
+        inputs = self.built.inputs.tensors(batch[0], where)
+        inputs, self.targets = self._own_share(inputs, batch[1])
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        return inputs
+
+    def _result(self, number: int, norm: float, optimizer: tuple[Any, Any], wall_ms: float) -> StepResult:
+        """What a finished step left behind. Raises RunError where its loss is not finite."""
+        samples = self.recorder.take(number, optimizer, wall_ms)
         loss = self.batch_loss()
         if loss is not None and not math.isfinite(loss):
             raise RunError(
@@ -124,13 +133,17 @@ class Trainer:
     ) -> StepResult:
         """A step whose peak memory is measured instead of its times: the instrument would distort them."""
         peaks: list[int] = []
+        result = self.step(number, batch, after_backward, self._memory_watch(peaks))
+        return replace(result, samples=None, peak_memory_bytes=max(peaks))
+
+    def _memory_watch(self, peaks: list[int]) -> Callable[[Callable[[], None]], None]:
+        """Runs a part of a step and appends its peak memory to `peaks`."""
 
         def watch(work: Callable[[], None]) -> None:
             resting = resting_bytes(self.stage, self.optimizer) + self.batch_bytes
             peaks.append(measure_peak_memory(self.device, resting, work))
 
-        result = self.step(number, batch, after_backward, watch)
-        return replace(result, samples=None, peak_memory_bytes=max(peaks))
+        return watch
 
     def _sum_tied_gradients(self) -> None:
         if not self.built.tied:

@@ -37,9 +37,12 @@ def gather_tensors(own: dict[str, torch.Tensor], device: torch.device) -> dict[s
 
 def gather_gradients(built: BuiltStage) -> dict[str, torch.Tensor] | None:
     """Every stage's gradients by canonical name on rank 0, None elsewhere."""
-    parameters = built.stage.submod.named_parameters()
-    gradients = {name: p.grad for name, p in parameters if p.grad is not None}
-    return gather_tensors(gradients, built.stage.device)
+    return gather_tensors(stage_gradients(built), built.stage.device)
+
+
+def stage_gradients(built: BuiltStage) -> dict[str, torch.Tensor]:
+    """This stage's gradients by canonical name."""
+    return {name: p.grad for name, p in built.stage.submod.named_parameters() if p.grad is not None}
 
 
 def gather_weights(built: BuiltStage) -> dict[str, torch.Tensor] | None:
@@ -47,11 +50,19 @@ def gather_weights(built: BuiltStage) -> dict[str, torch.Tensor] | None:
 
     Tied names are copies; what no stage uses is as it was built.
     """
-    own = dict(built.stage.submod.named_parameters(remove_duplicate=False))
+    gathered = gather_tensors(stage_state(built), built.stage.device)
+    return None if gathered is None else model_state(built, gathered)
+
+
+def stage_state(built: BuiltStage) -> dict[str, torch.Tensor]:
+    """This stage's parameters and buffers by name."""
+    own: dict[str, torch.Tensor] = dict(built.stage.submod.named_parameters(remove_duplicate=False))
     own.update(built.stage.submod.named_buffers(remove_duplicate=False))
-    gathered = gather_tensors(own, built.stage.device)
-    if gathered is None:
-        return None
+    return own
+
+
+def model_state(built: BuiltStage, gathered: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every key of the model's `state_dict()`, from what all stages hold."""
     weights = {}
     for name in built.state_names:
         canonical = built.aliases.get(name, name)

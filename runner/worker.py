@@ -41,7 +41,13 @@ def main() -> None:
     """Run as the rank that the environment says, with the command line of `run-plan`."""
     from runner.options import parse_options
 
-    run(open_context(parse_options(sys.argv[1:])))
+    context = open_context(parse_options(sys.argv[1:]))
+    if context.options.rehearse:
+        from runner.rehearsing import rehearse
+
+        rehearse(context)
+    else:
+        run(context)
 
 
 def open_context(options: RunOptions) -> RunContext:
@@ -56,7 +62,11 @@ def open_context(options: RunOptions) -> RunContext:
 
     plan = Plan.load(options.plan)
     world, rank = _whole_from_environment("WORLD_SIZE"), _whole_from_environment("RANK")
-    if world != plan.num_stages:
+    if options.rehearse and world != 1:
+        raise UsageError(
+            f"{world} workers for a rehearsal", "it runs all stages in one process", "start it with run-plan"
+        )
+    if not options.rehearse and world != plan.num_stages:
         raise UsageError(
             f"{world} workers for a plan of {plan.num_stages} stages",
             "every stage has a worker of its own",

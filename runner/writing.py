@@ -35,7 +35,9 @@ def write_run(
     source = context.source
     reference = source.reference_loss() if source.reference_loss is not None else None
     machine, clock = describe_machine(context.device), context.device.clock
-    measurement = build_measurement(context.plan, results, machine, clock, check, speed_up, reference)
+    measurement = build_measurement(
+        context.plan, results, machine, clock, check, speed_up, reference, rehearsed=context.options.rehearse
+    )
     plan = context.plan.seen_from_here(context.options.plan.parent)
     report = compare(plan, measurement)
     folder = context.options.run_dir

@@ -88,7 +88,11 @@ class SpeedUp:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Everything that a run measured. `clock` says how stage times, `step_clock` how the step was taken."""
+    """Everything that a run measured. `clock` says how stage times, `step_clock` how the step was taken.
+
+    `cuts` are the layers that stages 1, 2, … began with. `rehearsed`: the stages ran one after the other on one
+    device; `wall_step_ms` is then the sum over the stages.
+    """
 
     plan: str
     name: str
@@ -108,6 +112,8 @@ class Measurement:
     speed_up: SpeedUp | None = None
     reference_loss: float | None = None
     reference_loss_name: str = ""
+    rehearsed: bool = False
+    cuts: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write the measurement as JSON, atomically."""

@@ -128,7 +128,8 @@ def _charts(report: BalanceReport, plan: Plan) -> dict[str, str | None]:
 def key_figures(report: BalanceReport) -> list[Figure]:
     """The handful of numbers that say whether the plan was good and the prediction right."""
     step, planned = report.step_ms, report.predicted_bubble
-    name = "Step, measured" if report.step_clock == "wall" else "Step, from measured stages"
+    taken = "rehearsed" if report.rehearsed else "measured" if report.step_clock == "wall" else "from measured stages"
+    name = f"Step, {taken}"
     change = format_percent(report.step_error, signed=True)
     balance, expected = _ratio(report.measured_balance), _ratio(report.predicted_balance)
     miss = format_percent(report.largest_error)

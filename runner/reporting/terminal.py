@@ -50,7 +50,8 @@ def labelled_lines(label: str, text: str, width: int) -> list[str]:
 
 def figures(report: BalanceReport) -> list[tuple[str, str]]:
     """The figures of the whole run as (label, text); what was not measured is left out."""
-    step, taken = report.step_ms, "measured" if report.step_clock == "wall" else "from measured stages"
+    step = report.step_ms
+    taken = "rehearsed" if report.rehearsed else "measured" if report.step_clock == "wall" else "from measured stages"
     found = [
         (
             "step",

@@ -82,7 +82,9 @@ class _Split:
 
     def __init__(self, plan: Plan, source: ModelSource) -> None:
         self.source = source
-        self.built: tuple[BuiltStage, ...] = build_stages(plan, source, range(plan.num_stages), choose_device("cpu", 0))
+        self.built: tuple[BuiltStage, ...] = tuple(
+            build_stages(plan, source, range(plan.num_stages), choose_device("cpu", 0))
+        )
         self.stages = [built.stage for built in self.built]
         self.schedule = ScheduleLoopedBFS(
             self.stages, plan.num_microbatches, loss_fn=self._loss, scale_grads=source.loss_reduction == "mean"
