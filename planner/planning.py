@@ -34,7 +34,7 @@ DEFAULT_BATCH_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What a plan is wanted for. `microbatches` None means: choose."""
+    """What a plan is wanted for. `microbatches` None means: choose. `meta`: the whole model may not fit into memory."""
 
     gpus: int
     batch_size: int | None = None
@@ -44,6 +44,7 @@ class PlanRequest:
     plain: bool = False
     seed: int = 0
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
+    meta: bool = False
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -63,13 +64,14 @@ def make_plan(
     plain: bool = False,
     seed: int = 0,
     schedule: Literal["gpipe", "1f1b"] = "gpipe",
+    meta: bool = False,
     progress: Progress = lambda share, text: None,
 ) -> Plan:
     """Plan `source` (a model file, or a Profile of one) for `gpus` stages.
 
     Raises ModelFileError, TraceError, ProfileError, InfeasibleError or UsageError; see `planner.errors`.
     """
-    request = PlanRequest(gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule)
+    request = PlanRequest(gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule, meta)
     profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
     return plan_profile(profile, request)
 
@@ -87,6 +89,7 @@ def measure(model: str, request: PlanRequest, progress: Progress = lambda share,
         num_workers=request.gpus,
         device=request.device,
         seed=request.seed,
+        meta=request.meta,
         progress=progress,
     )
 
@@ -183,6 +186,7 @@ def _assemble(
             name=profile.model.name,
             num_parameters=profile.model.num_parameters,
             entry=profile.model.entry,
+            meta=profile.model.meta or request.meta,
         ),
         status=solution.status,
         objective_ms=step,

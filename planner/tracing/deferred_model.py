@@ -74,6 +74,18 @@ def build_deferred(source: ModelSource, seed: int, *, draws: bool) -> DeferredMo
     return DeferredModel(model, _take_out(model), record, source, seed)
 
 
+def build_either(
+    source: ModelSource, seed: int, *, meta: bool, draws: bool = False
+) -> tuple[nn.Module, DeferredModel | None]:
+    """The model with its memory, and None; or a deferred one: with `meta`, or where build_model itself takes none."""
+    if not meta:
+        model = build(source, seed)
+        if not builds_without_memory(model):
+            return model, None
+    deferred = build_deferred(source, seed, draws=draws)
+    return deferred.model, deferred
+
+
 def builds_without_memory(model: nn.Module) -> bool:
     """Whether `build_model` itself gave meta or fake tensors."""
     return any(t.is_meta or isinstance(t, FakeTensor) for t in [*model.parameters(), *model.buffers()])
@@ -83,7 +95,11 @@ def _take_out(model: nn.Module) -> dict[str, torch.Tensor]:
     """Replace every tensor of `model` by a fake one, ties kept; what was there, by every name."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     modules = list(model.named_modules(remove_duplicate=False))
-    found = [(f"{path}.{name}" if path else name, *rest) for path, m in modules for name, *rest in _tensors_of(m)]
+    found = [
+        (f"{path}.{name}" if path else name, tensor, put)
+        for path, module in modules
+        for name, tensor, put in _tensors_of(module)
+    ]
     fakes: dict[int, torch.Tensor] = {}
     for _, tensor, put in found:
         if id(tensor) not in fakes:
