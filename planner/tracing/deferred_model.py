@@ -50,27 +50,32 @@ class DeferredModel:
         try:
             found = self.record.values([self.originals[name] for name in wanted])
         except NeedsDrawsError:
-            return build_deferred(self.source, self.seed, draws=True).values(wanted)
+            again = build_deferred(self.source, self.seed, draws=True, meta_is_real=self.record.meta_is_real)
+            return again.values(wanted)
         return dict(zip(wanted, found, strict=True))
 
 
-def build_deferred(source: ModelSource, seed: int, *, draws: bool) -> DeferredModel:
+def build_deferred(source: ModelSource, seed: int, *, draws: bool, meta_is_real: bool = False) -> DeferredModel:
     """The model of `source` by the seed rule, without memory for its large tensors.
 
-    `draws` says whether values will be asked for. Raises ModelFileError, or TraceError for an initialisation that
+    `draws` says whether values will be asked for. A model that build_model leaves on the meta device gets the values
+    that it would have on the CPU (`meta_is_real`). Raises ModelFileError, or TraceError for an initialisation that
     cannot be recorded.
     """
-    record = DeferredInit(draws=draws)
+    record = DeferredInit(draws=draws, meta_is_real=meta_is_real)
     try:
         with record:
             model = build(source, seed)
     except Exception as error:
         cause = error.__cause__
         if isinstance(cause, NeedsDrawsError) and not draws:
-            return build_deferred(source, seed, draws=True)
+            return build_deferred(source, seed, draws=True, meta_is_real=meta_is_real)
         if isinstance(cause, TraceError):
             raise cause from None
         raise
+    tensors = [*model.parameters(), *model.buffers()]
+    if not meta_is_real and any(tensor.is_meta and not record.holds(tensor) for tensor in tensors):
+        return build_deferred(source, seed, draws=draws, meta_is_real=True)
     return DeferredModel(model, _take_out(model), record, source, seed)
 
 
