@@ -90,7 +90,8 @@ def seeded_inside():
         torch.manual_seed(9)
         second = nn.Linear(6, 6)
     own = torch.Generator().manual_seed(4)
-    third = nn.Parameter(torch.empty(6, 6).normal_(generator=own) + torch.randn(6, 6, generator=own))
+    third = torch.empty(6, 6).normal_(generator=own) + torch.randn(6, 6, generator=own)
+    third = nn.Parameter(third + torch.randn(6, 6) + torch.rand(6, 6))
     model = nn.Sequential(first, second, nn.Linear(6, 6))
     model.register_parameter("third", third)
     torch.manual_seed(1)
@@ -190,7 +191,7 @@ def model_file(tmp_path, body):
     return load_source(str(tmp_path / "model.py"))
 
 
-@pytest.mark.parametrize("example", ["transformer", "gpt2", "resnet", "unet"])
+@pytest.mark.parametrize("example", ["gpt2", "resnet"])
 def test_the_trace_is_that_of_the_ordinary_model(example):
     source = load_source(str(EXAMPLES / f"{example}.py"))
     inputs, _ = make_batch(source, 0, 0, 4)
@@ -224,7 +225,8 @@ def test_a_model_of_fake_tensors_has_no_values(tmp_path):
 
 
 def test_what_cannot_be_recorded_is_refused_by_name(tmp_path):
-    body = "    model = nn.Linear(80, 80)\n    model.weight.data.copy_(torch.empty(80, 80, device='meta'))\n    return model"
+    body = "    model = nn.Linear(80, 80)\n    nowhere = torch.empty(80, 80, device='meta')\n"
+    body += "    model.weight.data.copy_(nowhere)\n    return model"
     with pytest.raises(TraceError, match=r"aten\.copy_.* on the meta device"):
         build_deferred(model_file(tmp_path, body), 0, draws=True)
     with pytest.raises(TraceError, match="on cuda"):

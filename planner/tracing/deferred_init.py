@@ -25,13 +25,23 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from planner.errors import TraceError
-from planner.tracing.init_replay import Constant, Draw, NeedsDrawsError, Operation, StoredView, over, replay
+from planner.tracing.init_replay import (
+    Constant,
+    Draw,
+    NeedsDrawsError,
+    Operation,
+    StoredView,
+    over,
+    reach_bytes,
+    replay,
+)
 
 ATEN = torch.ops.aten
 SMALL_BYTES = 16 * 1024
 DRAWS_IN_PLACE = ("normal_", "uniform_", "random_", "exponential_", "cauchy_", "log_normal_", "geometric_")
 
 
+DRAWS_NEW = {ATEN.rand.default: ATEN.rand.out, ATEN.randn.default: ATEN.randn.out}
 META, CPU = torch.device("meta"), torch.device("cpu")
 PLACES: dict[Any, Any] = {
     torch.Tensor.device.__get__: CPU,
@@ -98,6 +108,7 @@ class DeferredInit(TorchDispatchMode):
         self.storages: dict[int, Any] = {}
         self.looks_real = _LooksReal(self)
         self.users_meta = False
+        self.scratch: torch.UntypedStorage | None = None
 
     def __enter__(self) -> DeferredInit:
         """Record from here on."""
@@ -107,6 +118,7 @@ class DeferredInit(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         """Back to ordinary tensors."""
+        self.scratch = None
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self.looks_real.__exit__(*error)  # type: ignore[no-untyped-call]
 
@@ -174,12 +186,12 @@ class DeferredInit(TorchDispatchMode):
             return made
         real_args, real_kwargs = tree_map(self._described, (args, kwargs))
         views = tuple(self._view(t) if isinstance(t, torch.Tensor) else None for t in tree_leaves(made))
-        draw = self._draw(func, args, kwargs)
+        draw = self._draw(func, args, kwargs, made)
         self.operations.append(Operation(func, real_args, real_kwargs, views, reads, frozenset(new | writes), draw))
         return made
 
-    def _draw(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Draw | None:
-        """Advance the generator as the operation will, on temporaries; where it started."""
+    def _draw(self, func: Any, args: Any, kwargs: dict[str, Any], made: Any) -> Draw | None:
+        """Advance the generator as the operation will, on a temporary; where it started."""
         if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
             return None
         generator = kwargs.get("generator") or torch.default_generator
@@ -187,12 +199,24 @@ class DeferredInit(TorchDispatchMode):
             return Draw(generator, None)
         state = generator.get_state()
         name = func._schema.name.removeprefix("aten::")
-        if name in DRAWS_IN_PLACE or name.endswith("_like"):
-            args, kwargs = tree_map(_temporary, (args, kwargs))
+        if func in DRAWS_NEW:
+            DRAWS_NEW[func](*args, out=self._scratch(made))
+        elif name in DRAWS_IN_PLACE:
+            func(*tree_map(self._scratch, args), **kwargs)
         else:
             args, kwargs = self._real((args, kwargs))
-        func(*args, **kwargs)
+            func(*args, **kwargs)
         return Draw(generator, state)
+
+    def _scratch(self, leaf: Any) -> Any:
+        """A real tensor like the deferred one `leaf`, over memory that all draws share: a heap of holes would grow."""
+        if not self.holds(leaf):
+            return leaf
+        view = self._view(leaf)
+        if self.scratch is None or self.scratch.nbytes() < reach_bytes(view):
+            self.scratch = None
+            self.scratch = torch.empty(reach_bytes(view), dtype=torch.uint8).untyped_storage()
+        return over(self.scratch, view)
 
     def _on_values(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run what depends on values on the values themselves; what comes out is real."""
@@ -257,12 +281,6 @@ def _is_meta(device: Any) -> bool:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _temporary(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor) and leaf.is_meta:
-        return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype)
-    return leaf
 
 
 def _to_meta(tree: Any) -> Any:

@@ -105,8 +105,8 @@ def _run(operation: Operation, storages: dict[int, torch.UntypedStorage]) -> Non
     for view, tensor in zip(operation.outputs, made, strict=True):
         if view is not None and view.storage not in storages:
             if (tensor.stride(), tensor.storage_offset()) != (view.stride, view.offset):
-                copied = torch.empty(0, dtype=view.dtype).set_(_fresh(view), view.offset, view.size, view.stride)
-                tensor = copied.copy_(tensor)
+                storage = torch.empty(reach_bytes(view), dtype=torch.uint8).untyped_storage()
+                tensor = over(storage, view).copy_(tensor)
             storages[view.storage] = tensor.untyped_storage()
 
 
@@ -125,9 +125,11 @@ def _value(leaf: Any, storages: dict[int, torch.UntypedStorage], function: Any) 
 
 
 def over(storage: torch.UntypedStorage, view: StoredView) -> torch.Tensor:
+    """`view` of the real `storage`."""
     return torch.empty(0, dtype=view.dtype).set_(storage, view.offset, view.size, view.stride)
 
 
-def _fresh(view: StoredView) -> torch.UntypedStorage:
-    reach = view.offset + sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True)) + 1
-    return torch.empty(reach, dtype=view.dtype).untyped_storage()
+def reach_bytes(view: StoredView) -> int:
+    """The bytes of a storage up to the last element of `view`."""
+    last = sum(max(0, n - 1) * s for n, s in zip(view.size, view.stride, strict=True))
+    return (view.offset + last + 1) * view.dtype.itemsize
