@@ -70,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     costs.add_argument("--plain", action="store_true", help="only cuts that stock torch does rightly by split_spec")
     costs.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, metavar="S", help="default: 0")
+    costs.add_argument(
+        "--meta", action="store_true", help="the model exceeds this machine: no process holds more than its part of it"
+    )
     profile = parser.add_argument_group("the profile")
     profile.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     profile.add_argument("--profile", metavar="FILE", help="plan from this profile, without hardware")
@@ -165,6 +168,7 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         seed=flags.seed,
         schedule=flags.schedule,
         memory_bytes=flags.memory,
+        meta=flags.meta,
     )
 
 
@@ -328,6 +332,7 @@ def _reusable_profile(model: str, request: PlanRequest, path: Path) -> tuple[Pro
     batch_size = resolve_batch_size(model, request)
     sizes = tuple(batch_size // count for count in candidate_counts(batch_size, request))
     wanted: dict[str, Any] = {"batch_size": batch_size, "sizes": sizes, "device": request.device, "seed": request.seed}
+    wanted["meta"] = request.meta
     return load_if_fitting(path, model=model, **wanted)
 
 

@@ -41,7 +41,8 @@ EQUAL = 1e-9
 class PlanRequest:
     """What a plan is wanted for. `microbatches` None means: choose.
 
-    `memory_bytes` is what each stage may need; None means what the profiled device has, and on a CPU no limit.
+    `memory_bytes` is what each stage may need; None means what the profiled device has, and on a CPU no limit. `meta`:
+    the whole model may not fit into memory.
     """
 
     gpus: int
@@ -53,6 +54,7 @@ class PlanRequest:
     seed: int = 0
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
     memory_bytes: int | None = None
+    meta: bool = False
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -77,6 +79,7 @@ def make_plan(
     seed: int = 0,
     schedule: Literal["gpipe", "1f1b"] = "gpipe",
     memory_bytes: int | None = None,
+    meta: bool = False,
     progress: Progress = lambda share, text: None,
 ) -> Plan:
     """Plan `source` (a model file, or a Profile of one) for `gpus` stages.
@@ -84,7 +87,7 @@ def make_plan(
     Raises ModelFileError, TraceError, ProfileError, InfeasibleError or UsageError; see `planner.errors`.
     """
     request = PlanRequest(
-        gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule, memory_bytes
+        gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule, memory_bytes, meta
     )
     profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
     return plan_profile(profile, request)
@@ -103,6 +106,7 @@ def measure(model: str, request: PlanRequest, progress: Progress = lambda share,
         num_workers=request.gpus,
         device=request.device,
         seed=request.seed,
+        meta=request.meta,
         progress=progress,
     )
 
@@ -278,6 +282,7 @@ def _assemble(
             name=profile.model.name,
             num_parameters=profile.model.num_parameters,
             entry=profile.model.entry,
+            meta=profile.model.meta or request.meta,
         ),
         status=solution.status if step <= solution.step_ms * (1 + EQUAL) else "feasible",
         objective_ms=step,

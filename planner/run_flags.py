@@ -30,6 +30,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="exit 3 where a stage's measured share of the work is off by more, e.g. 0.1 or 10%%",
     )
     group.add_argument("--export-weights", metavar="FILE", help="write the trained weights as safetensors")
+    group.add_argument(
+        "--weights", metavar="FILE|DIR", help="start from safetensors (a sharded index too) instead of fresh weights"
+    )
     group.add_argument("--stock", action="store_true", help="apply a plain chain by split_spec, as stock torch would")
     group.add_argument(
         "--against", choices=sorted(AGAINST), help="alternate steps with another cut and print the measured speed-up"
@@ -52,7 +55,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def run_arguments(flags: argparse.Namespace) -> list[str]:
     """The flags of `add_run_flags` that were given, as a command line."""
     arguments: list[str] = []
-    for name in ("steps", "tolerance", "export_weights", "against", "tensorboard", "run_dir"):
+    for name in ("steps", "tolerance", "export_weights", "weights", "against", "tensorboard", "run_dir"):
         value = getattr(flags, name)
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]

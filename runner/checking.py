@@ -11,9 +11,12 @@ from planner.errors import CheckError
 from planner.files.measurement_file import CheckResult
 from planner.files.plan_file import Plan
 from planner.machine.device import Device
-from planner.tracing.loading import ModelSource, as_call, build, rows
+from planner.tracing.deferred_model import build_either
+from planner.tracing.loading import ModelSource, as_call, rows
 from planner.tracing.randomness import DropoutAsIdentity
 from planner.tracing.rewriting import canonical_names
+from runner.initial_weights import initial_weights
+from runner.weight_files import WeightFiles
 
 TOLERANCE = 1e-5
 
@@ -38,9 +41,11 @@ class Worst:
 class Reference:
     """The eager model, trained on the same batches: one microbatch after the other, gradients summed, then divided."""
 
-    def __init__(self, plan: Plan, source: ModelSource, device: Device) -> None:
+    def __init__(self, plan: Plan, source: ModelSource, device: Device, weights: WeightFiles | None = None) -> None:
         self.plan, self.source = plan, source
-        self.model = build(source, plan.seed).to(device.torch_device)
+        model, deferred = build_either(source, plan.seed, meta=False, draws=True)
+        initial_weights(model, canonical_names(model), deferred, weights).give(model)
+        self.model = model.to(device.torch_device)
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.names = canonical_names(self.model)
         self.optimizer = source.make_optimizer(list(self.parameters.values()))

@@ -24,7 +24,7 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
     from planner.machine.device import worker_environment
     from planner.machine.workers import run_workers
     from planner.profiling.profiler import device_kind
-    from runner.worker import model_of
+    from runner.worker import model_of, open_weights
 
     plan = Plan.load(options.plan)
     refuse_bad_targets(options, model_of(options, plan))
@@ -35,6 +35,7 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
         other_plan(plan, options.against)
     if options.stock:
         plan.split_spec()
+    open_weights(options)
     kind = device_kind(options.device)
     resolved = [*arguments, "--run-dir", str(options.run_dir)]
     num_workers = 1 if options.rehearse else plan.num_stages

@@ -18,7 +18,7 @@ from planner.scheduling.simulation import simulate
 from planner.tracing.loading import make_batch
 from runner.gathering import choose_step_clock, stage_times
 from runner.measuring import StepSamples
-from runner.stages import build_stage
+from runner.stages import BuiltStage, build_stage
 from runner.training import Trainer
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 MIN_PAIRS, MAX_PAIRS = 5, 15
 RESAMPLES = 2000
+
+
+def _stage(context: RunContext, plan: Plan) -> BuiltStage:
+    return build_stage(plan, context.source, context.rank, context.device, meta=context.options.meta)
 
 
 def other_plan(plan: Plan, against: str) -> Plan:
@@ -56,10 +60,7 @@ def compare_cuts(context: RunContext) -> SpeedUp | None:
     plan, against = context.plan, context.options.against
     assert against is not None
     other = other_plan(plan, against)
-    trainers = [
-        Trainer(p, context.source, build_stage(p, context.source, context.rank, context.device), context.device)
-        for p in (plan, other)
-    ]
+    trainers = [Trainer(p, context.source, _stage(context, p), context.device) for p in (plan, other)]
     pairs = max(MIN_PAIRS, min(MAX_PAIRS, context.options.steps))
     own: list[tuple[StepSamples, ...]] = []
     for number in range(pairs + 1):

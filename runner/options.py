@@ -24,6 +24,8 @@ class RunOptions:
     tolerance: float | None
     export_weights: Path | None
     stock: bool
+    meta: bool
+    weights: Path | None
     against: str | None
     tensorboard: Path | None
     rehearse: bool
@@ -44,6 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("plan", metavar="PLAN", help="a plan file that `plan` wrote")
     parser.add_argument("--model", metavar="FILE[:NAME]", help="the model file (default: the one that the plan names)")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--meta",
+        action="store_true",
+        help="no worker builds more than its own stage (what plan --meta writes is run so without the flag)",
+    )
     parser.add_argument(
         "--quiet", action="store_true", help="print no report; the run's files are written all the same"
     )
@@ -73,6 +80,8 @@ def parse_options(arguments: list[str]) -> RunOptions:
         tolerance=flags.tolerance,
         export_weights=Path(flags.export_weights) if flags.export_weights else None,
         stock=flags.stock,
+        meta=flags.meta,
+        weights=Path(flags.weights) if flags.weights else None,
         against=AGAINST[flags.against] if flags.against else None,
         tensorboard=Path(flags.tensorboard) if flags.tensorboard is not None else None,
         rehearse=flags.rehearse,

@@ -27,7 +27,7 @@ from runner.parking import Parking
 from runner.stages import BuiltStage, build_stages
 from runner.training import StepResult, Trainer, training_batches
 from runner.weights import model_state, stage_gradients, stage_state, write_weights
-from runner.worker import MEMORY_STEP
+from runner.worker import MEMORY_STEP, open_weights
 from runner.writing import write_run
 
 if TYPE_CHECKING:
@@ -146,6 +146,8 @@ def _build(context: RunContext) -> list[RehearsedStage]:
         context.device,
         without_dropout=options.check,
         stock=options.stock,
+        meta=options.meta,
+        weights=open_weights(options),
     )
     return [
         RehearsedStage(plan, context.source, stage, context.device, boundaries, exact_ties=exact) for stage in built

@@ -17,12 +17,14 @@ def train(
     steps: int = 20,
     check: bool = False,
     device: str | None = None,
+    weights: Path | str | None = None,
     run_dir: Path | str | None = None,
 ) -> Measurement:
     """Train `plan` with one worker per stage on this machine and return what was measured.
 
     `model` overrides the plan's model file, whose path in the plan is taken as it stands. The run's files go to
-    `run_dir` where it is given. Raises the family of PlannerError, CheckError where `check` finds a difference.
+    `run_dir` where it is given; training starts from the safetensors in `weights` where they are given.
+    Raises the family of PlannerError, CheckError where `check` finds a difference.
     """
     from runner.cli import launch
     from runner.options import parse_options
@@ -38,5 +40,6 @@ def train(
         arguments = [str(path), "--model", specification, "--steps", str(steps), "--run-dir", str(results), "--quiet"]
         arguments += ["--check"] if check else []
         arguments += ["--device", device] if device is not None else []
+        arguments += ["--weights", str(weights)] if weights is not None else []
         launch(parse_options(arguments), arguments)
         return Measurement.load(results / "measurement.json")

@@ -14,12 +14,15 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 from planner.errors import TraceError, UsageError, user_frames
 from planner.files.plan_file import Plan, TiedParameter
 from planner.machine.device import Device
+from planner.tracing.deferred_model import build_either
 from planner.tracing.explaining import quiet_export
 from planner.tracing.inputs import TracedInputs
-from planner.tracing.loading import ModelSource, as_call, build, make_batch, rows
+from planner.tracing.loading import ModelSource, as_call, make_batch, rows
 from planner.tracing.randomness import random_operations, remove_dropout
 from planner.tracing.rewriting import canonical_names, set_device
 from planner.tracing.split_policy import SplitPolicy, tied_over_cuts
+from runner.initial_weights import initial_weights, say_unused
+from runner.weight_files import WeightFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class BuiltStage:
 
     `output_leaves` are the model's output leaves in order: an OutputTensor for each tensor, constants as they are.
     `inputs` says which inputs every batch must have.
+    `untouched_state` is what no stage uses, on the first stage only.
     """
 
     stage: Any
@@ -92,13 +96,26 @@ def prepare_for_comparison(gm: fx.GraphModule) -> int:
 
 
 def build_stage(
-    plan: Plan, source: ModelSource, index: int, device: Device, *, without_dropout: bool = False, stock: bool = False
+    plan: Plan,
+    source: ModelSource,
+    index: int,
+    device: Device,
+    *,
+    without_dropout: bool = False,
+    stock: bool = False,
+    meta: bool = False,
+    weights: WeightFiles | None = None,
 ) -> BuiltStage:
     """Stage `index` of `plan` on `device`. Every rank builds the model by the seed rule and keeps its own part.
 
-    Raises TraceError where the model is no longer the planned one, UsageError where `stock` cannot be.
+    With `meta`, or where the plan says so, no more than that part is ever in memory. `weights` replace the model's own
+    initialisation. Raises TraceError where the model is no longer the planned one, UsageError where `stock` cannot be,
+    FileError where `weights` do not fit.
     """
-    return next(build_stages(plan, source, [index], device, without_dropout=without_dropout, stock=stock))
+    stages = build_stages(
+        plan, source, [index], device, without_dropout=without_dropout, stock=stock, meta=meta, weights=weights
+    )
+    return next(stages)
 
 
 def build_stages(
@@ -109,17 +126,20 @@ def build_stages(
     *,
     without_dropout: bool = False,
     stock: bool = False,
+    meta: bool = False,
+    weights: WeightFiles | None = None,
 ) -> Iterator[BuiltStage]:
     """The stages `indices` of `plan`, cut from one model, each put on `device` when it is asked for.
 
     torch gives every stage copies of the tied parameters that it holds, as ranks have them. Raises what `build_stage`
     raises.
     """
-    model = build(source, plan.seed)
+    model, deferred = build_either(source, plan.seed, meta=meta or plan.model.meta, draws=weights is None)
     inputs, _ = make_batch(source, plan.seed, 0, plan.batch_size)
     args, kwargs = as_call(rows(inputs, 0, plan.microbatch_size))
     names = canonical_names(model)
     state = model.state_dict()
+    first = initial_weights(model, names, deferred, weights)
     policy = _Policy(model, plan, device.torch_device, without_dropout)
     pipe = _stock_pipe(plan, model, args, kwargs) if stock else _policy_pipe(source, policy, model, args, kwargs)
     if pipe.num_stages != plan.num_stages:
@@ -127,6 +147,10 @@ def build_stages(
     used = {name for k in range(plan.num_stages) for name, _ in _state_of(pipe.get_stage_module(k))}
     trace = policy.inner.trace
     for index in indices:
+        first.give(pipe.get_stage_module(index))
+        untouched = {n: t for n, t in state.items() if names.get(n, n) not in used} if index == 0 else {}
+        if index == 0 and weights is not None:
+            say_unused(weights, model)
         stage = pipe.build_stage(index, device.torch_device)
         _take_flat_inputs(stage.submod)
         yield BuiltStage(
@@ -136,7 +160,7 @@ def build_stages(
             tied=() if trace is None else tied_over_cuts(trace, [cut.before for cut in plan.cuts]),
             state_names=tuple(state),
             aliases=names,
-            untouched_state={n: t for n, t in state.items() if names.get(n, n) not in used},
+            untouched_state={name: first.value(name, tensor) for name, tensor in untouched.items()},
             num_dropouts_removed=policy.removed,
             inputs=TracedInputs.of(inputs),
         )

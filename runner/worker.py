@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runner.options import RunOptions
     from runner.step_profiler import StepProfiler
     from runner.training import StepResult, Trainer
+    from runner.weight_files import WeightFiles
 
 GROUP_TIMEOUT = timedelta(minutes=5)
 MEMORY_STEP = 1
@@ -116,7 +117,14 @@ def run(context: RunContext) -> None:
     options, plan = context.options, context.plan
     refuse_unusable(options)
     built = build_stage(
-        plan, context.source, context.rank, context.device, without_dropout=options.check, stock=options.stock
+        plan,
+        context.source,
+        context.rank,
+        context.device,
+        without_dropout=options.check,
+        stock=options.stock,
+        meta=options.meta,
+        weights=open_weights(options),
     )
     exact = options.check or options.export_weights is not None
     trainer = Trainer(plan, context.source, built, context.device, exact_ties=exact)
@@ -131,6 +139,13 @@ def run(context: RunContext) -> None:
             raise not_exported
 
 
+def open_weights(options: RunOptions) -> WeightFiles | None:
+    """What `--weights` names. Raises FileError."""
+    from runner.weight_files import WeightFiles
+
+    return None if options.weights is None else WeightFiles.open(options.weights)
+
+
 def _reference(context: RunContext, trainer: Trainer) -> Reference | None:
     """The unsplit model on rank 0, whose weights the stages must have; collective over all ranks."""
     from runner.checking import Reference
@@ -139,7 +154,7 @@ def _reference(context: RunContext, trainer: Trainer) -> Reference | None:
     weights = gather_weights(trainer.built)
     if weights is None:
         return None
-    reference = Reference(context.plan, context.source, context.device)
+    reference = Reference(context.plan, context.source, context.device, open_weights(context.options))
     reference.compare_parameters(weights, -1)
     return reference
 

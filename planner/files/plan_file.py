@@ -27,13 +27,17 @@ Status = Literal["optimal", "feasible", "scored"]
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """The model of a plan. `file` is relative to the plan; `fingerprint` is that of its trace at `microbatch_size`."""
+    """The model of a plan. `file` is relative to the plan; `fingerprint` is that of its trace at `microbatch_size`.
+
+    `meta`: each rank makes the weights of its own stage only, because the whole model may not fit.
+    """
 
     file: str | None
     fingerprint: str
     name: str
     num_parameters: int = 0
     entry: str = "build_model"
+    meta: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,10 @@ SCHEMA = "evenstage/profile/1"
 
 @dataclass(frozen=True, slots=True)
 class ModelReference:
-    """The model that was profiled or planned. `file` is relative to the file that holds this value."""
+    """The model that was profiled or planned. `file` is relative to the file that holds this value.
+
+    `meta`: it was profiled without memory for its weights, one layer at a time.
+    """
 
     file: str | None
     name: str
@@ -26,6 +29,7 @@ class ModelReference:
     num_repeated_layers: int = 0
     parameter_bytes: int = 0
     num_parameters: int = 0
+    meta: bool = False
 
 
 @dataclass(frozen=True, slots=True)

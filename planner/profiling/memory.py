@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
+from planner.errors import ProfileError
 from planner.files.profile_file import GradientLifetime, LayerMemory, Lifetime
 from planner.machine.device import Device
 from planner.machine.memory_events import memory_events, rising_by_mark
@@ -51,7 +53,48 @@ def track_step(
     """
     both = [microbatches[0], microbatches[-1]]
     with _untied(pieces):
-        return _track(pieces, both, loss_fn, device)
+        live = LiveStorages(device.block_bytes)
+        rising = _track(live, pieces, both, loss_fn)
+        for phase, seen in _watch_allocator(pieces, both, loss_fn, device).items():
+            rising[phase] = max(rising.get(phase, 0), seen)
+        return _summary(live.storages, rising, len(pieces.pieces))
+
+
+def track_fake_step(
+    pieces: Pieces,
+    microbatches: Sequence[Microbatch],
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    block_bytes: int = 1,
+) -> StepMemory:
+    """`track_step` of pieces whose weights are fake tensors, without any memory: no allocator has anything to say.
+
+    Raises ProfileError where forward or the loss needs values.
+    """
+    mode = next((p.fake_mode for piece in pieces.pieces for p in _fake_state(piece)), FakeTensorMode())
+    both = [_as_fake(mode, microbatches[0]), _as_fake(mode, microbatches[-1])]
+    live = LiveStorages(block_bytes)
+    try:
+        with mode, _untied(pieces):
+            rising = _track(live, pieces, both, loss_fn)
+    except Exception as error:
+        raise ProfileError(
+            f"the memory of the layers cannot be found without values: {type(error).__name__}: {error}".splitlines()[0],
+            "with --meta, forward and loss_fn are run once on tensors without values",
+            "take .item(), .tolist() and choices by value out of loss_fn, or plan without --meta",
+        ) from error
+    return _summary(live.storages, rising, len(pieces.pieces))
+
+
+def _fake_state(piece: Piece) -> list[FakeTensor]:
+    state = [*piece.module.parameters(), *piece.module.buffers()]
+    return [tensor for tensor in state if isinstance(tensor, FakeTensor)]
+
+
+def _as_fake(mode: FakeTensorMode, microbatch: Microbatch) -> Microbatch:
+    def fake(leaf: Any) -> Any:
+        return mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    return Microbatch(tuple(map(fake, microbatch.inputs)), tree_map(fake, microbatch.targets))
 
 
 @contextlib.contextmanager
@@ -77,21 +120,15 @@ def _untied(pieces: Pieces) -> Iterator[None]:
 
 
 def _track(
-    pieces: Pieces,
-    both: Sequence[Microbatch],
-    loss_fn: Callable[[Any, Any], torch.Tensor],
-    device: Device,
-) -> StepMemory:
-    live = LiveStorages(device.block_bytes)
+    live: LiveStorages, pieces: Pieces, both: Sequence[Microbatch], loss_fn: Callable[[Any, Any], torch.Tensor]
+) -> dict[Phase, int]:
+    """Follow a step's storages in `live`; how far the bytes rose, by phase."""
     for piece in pieces.pieces:
         live.know([*piece.module.parameters(), *piece.module.buffers()])
     live.know([leaf for microbatch in both for leaf in tree_leaves((microbatch.inputs, microbatch.targets))])
     with live:
         _run_step(live, pieces, both, loss_fn)
-    rising = dict(live.rising)
-    for phase, seen in _watch_allocator(pieces, both, loss_fn, device).items():
-        rising[phase] = max(rising.get(phase, 0), seen)
-    return _summary(live.storages, rising, len(pieces.pieces))
+    return dict(live.rising)
 
 
 def _run_step(

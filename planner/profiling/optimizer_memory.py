@@ -9,6 +9,8 @@ import torch
 
 from planner.profiling.live_storages import LiveStorages, Phase
 
+SAMPLE = 64
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerMemory:
@@ -28,6 +30,26 @@ def track_optimizer(
     largest = max((memory.temporary_bytes for memory in found), default=0)
     everything = _one_optimizer([p for group in groups for p in group], make_optimizer, block_bytes)
     return found, everything.temporary_bytes > 1.05 * largest
+
+
+def track_optimizer_by_sample(
+    groups: Sequence[Sequence[torch.nn.Parameter]],
+    make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+) -> tuple[list[OptimizerMemory], bool]:
+    """`track_optimizer` for parameters without values: in proportion to what two small real ones need.
+
+    What does not grow with the parameters' bytes (factored states) is over-estimated.
+    """
+    sample = [[torch.nn.Parameter(torch.zeros(SAMPLE, SAMPLE))] for _ in range(2)]
+    found, add = track_optimizer(sample, make_optimizer)
+    num_bytes = SAMPLE * SAMPLE * 4
+    state, temporary = found[0].state_bytes / num_bytes, found[0].temporary_bytes / num_bytes
+    memory = []
+    for group in groups:
+        sizes = [parameter.numel() * parameter.element_size() for parameter in group]
+        most = sum(sizes) if add else max(sizes, default=0)
+        memory.append(OptimizerMemory(int(state * sum(sizes)) + 1, int(temporary * most) + 1))
+    return memory, add
 
 
 def _one_optimizer(

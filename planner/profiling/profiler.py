@@ -23,7 +23,10 @@ REQUEST_SCHEMA = "evenstage/profile-request/1"
 
 @dataclass(frozen=True, slots=True)
 class ProfileRequest:
-    """What to profile; `progress` is a file that the first copy keeps writing how far it is."""
+    """What to profile; `progress` is a file that the first copy keeps writing how far it is.
+
+    `meta`: without memory for the whole model, one layer at a time.
+    """
 
     model: str
     seed: int
@@ -33,6 +36,7 @@ class ProfileRequest:
     num_rounds: int
     copies: int
     progress: str
+    meta: bool = False
 
 
 def profile_model(
@@ -44,6 +48,7 @@ def profile_model(
     device: str | None = None,
     seed: int = 0,
     num_rounds: int = 15,
+    meta: bool = False,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Profile:
     """Profile `model` ("file.py" or "file.py:name") at the given sizes, as `num_workers` workers would run it.
@@ -54,7 +59,7 @@ def profile_model(
     copies = concurrent_copies(num_workers, kind)
     with tempfile.TemporaryDirectory(prefix="evenstage-profile-") as folder:
         request = ProfileRequest(
-            model, seed, batch_size, microbatch_sizes, device, num_rounds, copies, str(Path(folder, "progress"))
+            model, seed, batch_size, microbatch_sizes, device, num_rounds, copies, str(Path(folder, "progress")), meta
         )
         path, result = Path(folder, "request.json"), Path(folder, "profile.json")
         path.write_text(dump_json(request, REQUEST_SCHEMA), encoding="utf-8")
@@ -101,16 +106,26 @@ class _Watch:
 
 
 def reusable(
-    profile: Profile, model: str, batch_size: int, sizes: tuple[int, ...], device: str | None, seed: int
+    profile: Profile,
+    model: str,
+    batch_size: int,
+    sizes: tuple[int, ...],
+    device: str | None,
+    seed: int,
+    meta: bool = False,
 ) -> str:
     """Why `profile` cannot stand for a new one of `model`; empty where it can. Traces the model once."""
     from planner.machine.device import choose_device, describe_machine
+    from planner.tracing.deferred_model import build_either
     from planner.tracing.exporting import trace_model
-    from planner.tracing.loading import as_call, build, load_source, make_batch, rows
+    from planner.tracing.loading import as_call, load_source, make_batch, rows
     from planner.tracing.training_digest import training_digest
 
     if not profile.training:
         return "it does not say what was trained and how"
+
+    if meta and not profile.model.meta:
+        return "it was made without --meta"
     if profile.batch_size != batch_size:
         return f"it was made for batches of {profile.batch_size}"
     missing = set(sizes) - {size.microbatch_size for size in profile.sizes}
@@ -122,7 +137,10 @@ def reusable(
     source = load_source(model)
     inputs, _ = make_batch(source, seed, 0, batch_size)
     smallest = min(profile.sizes, key=lambda size: size.microbatch_size)
-    trace = trace_model(build(source, seed), *as_call(rows(inputs, 0, smallest.microbatch_size)))
+    built, deferred = build_either(source, seed, meta=meta)
+    if profile.model.meta and deferred is None:
+        return "it was made with --meta, one layer at a time"
+    trace = trace_model(built, *as_call(rows(inputs, 0, smallest.microbatch_size)))
     if trace.fingerprint != smallest.fingerprint:
         return "the model has changed since"
     same = profile.training == training_digest(source, trace.graph_module)

@@ -74,9 +74,9 @@ def _write(request: ProfileRequest, source: ModelSource, sizes: Any, machine: An
 
 def _describe_model(request: ProfileRequest, source: ModelSource, layers: tuple[LayerProfile, ...]) -> Any:
     from planner.files.profile_file import ModelReference
-    from planner.tracing.loading import build
+    from planner.tracing.deferred_model import build_either
 
-    model = build(source, request.seed)
+    model, deferred = build_either(source, request.seed, meta=request.meta)
     blocks: dict[str, int] = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[2].isdigit():
@@ -91,6 +91,7 @@ def _describe_model(request: ProfileRequest, source: ModelSource, layers: tuple[
         num_repeated_layers=blocks.get(largest, 0),
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
         num_parameters=sum(p.numel() for p in parameters),
+        meta=deferred is not None,
     )
 
 
@@ -100,22 +101,42 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
 
     from planner.errors import PlannerError, ProfileError, user_frames
     from planner.files.profile_file import SizeMemory, SizeProfile
-    from planner.profiling.memory import layer_memory, track_step
-    from planner.profiling.optimizer_memory import track_optimizer
+    from planner.profiling.memory import layer_memory, track_fake_step, track_step
+    from planner.profiling.optimizer_memory import track_optimizer, track_optimizer_by_sample
+    from planner.profiling.piecewise import time_pieces
     from planner.profiling.timing import time_layers, time_optimizer
+    from planner.tracing.deferred_model import build_either
     from planner.tracing.exporting import trace_model
-    from planner.tracing.loading import as_call, build, make_batch, rows
+    from planner.tracing.loading import as_call, make_batch, rows
     from planner.tracing.pieces import build_pieces
+    from planner.tracing.rewriting import set_device
     from planner.tracing.user_functions import written_in_place
 
-    model = build(source, request.seed).to(device.torch_device)
-    batch = _to(make_batch(source, request.seed, 0, request.batch_size), device)
+    model, deferred = build_either(source, request.seed, meta=request.meta)
+    batch = make_batch(source, request.seed, 0, request.batch_size)
+    if deferred is None:
+        model, batch = model.to(device.torch_device), _to(batch, device)
     trace = trace_model(model, *as_call(rows(batch[0], 0, size)))
+    if deferred is not None:
+        set_device(trace.graph_module, device.torch_device)
+        batch = _to(batch, device)
     pieces = build_pieces(trace)
+    groups, tied = _optimizer_groups(trace, pieces)
     microbatches = _microbatches(batch, size, request.batch_size)
     meet = _Meeting(request, size)
     try:
-        samples = time_layers(pieces, microbatches, source.loss_fn, device, request.num_rounds, meet)
+        if deferred is None:
+            samples = time_layers(pieces, microbatches, source.loss_fn, device, request.num_rounds, meet)
+            optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
+            step = track_step(pieces, microbatches, source.loss_fn, device)
+            optimizer, temporaries_add = track_optimizer(groups, source.make_optimizer, device.block_bytes)
+        else:
+            rounds = (request.num_rounds, OPTIMIZER_ROUNDS)
+            samples, optimizer_ms = time_pieces(
+                pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, rounds, meet
+            )
+            step = track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes)
+            optimizer, temporaries_add = track_optimizer_by_sample(groups, source.make_optimizer)
     except PlannerError:
         raise
     except Exception as error:
@@ -127,10 +148,6 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
             "correct the line shown" if user_frames(error, source.file) else "run again with --debug",
             user_frames(error, source.file),
         ) from error
-    groups, tied = _optimizer_groups(trace, pieces)
-    optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
-    step = track_step(pieces, microbatches, source.loss_fn, device)
-    optimizer, temporaries_add = track_optimizer(groups, source.make_optimizer, device.block_bytes)
     dist.barrier()
     count = len(trace.layers)
     memory = layer_memory(pieces, step, optimizer[:count], tied)
