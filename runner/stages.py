@@ -109,7 +109,8 @@ def build_stages(
 ) -> Iterator[BuiltStage]:
     """The stages `indices` of `plan`, cut from one model, each put on `device` when it is asked for.
 
-    torch gives every stage copies of the tied parameters that it holds, as ranks have them. Raises what `build_stage` raises.
+    torch gives every stage copies of the tied parameters that it holds, as ranks have them. Raises what `build_stage`
+    raises.
     """
     model = build(source, plan.seed)
     inputs, _ = make_batch(source, plan.seed, 0, plan.batch_size)
