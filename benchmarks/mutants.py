@@ -52,9 +52,9 @@ MUTANTS = (
     Mutant(
         "contiguous",
         "planner/tracing/crossing.py",
-        "    made.append(call(graph, ATEN.contiguous.default, made[-1]))\n",
-        "",
-        f"{LEGAL}[values.py-cuts4]",
+        "made.append(call(graph, ATEN.contiguous.default, made[-1]))",
+        "made.append(call(graph, ATEN.alias.default, made[-1]))",
+        "tests/test_state.py::test_a_slice_of_every_row_is_sent_contiguous",
     ),
     Mutant("detach in no_grad", REWRITING, "if not enabled:", "if False:", f"{LEGAL}[functions.py-cuts0]"),
     Mutant(
