@@ -37,7 +37,9 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
     open_weights(options)
     kind = device_kind(options.device)
     resolved = [*arguments, "--run-dir", str(options.run_dir)]
-    run_workers(module, resolved, plan.num_stages, worker_environment(kind))
+    run_workers(
+        module, resolved, plan.num_stages, worker_environment(kind, scarce_memory=options.meta or plan.model.meta)
+    )
     return 0
 
 
