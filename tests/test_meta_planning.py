@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -39,14 +40,16 @@ def test_every_layer_is_timed_and_only_one_is_real(name):
     source, pieces, microbatches = pieces_of(ROOT / name)
     groups, _ = _optimizer_groups(pieces.trace, pieces)
     fake = torch._subclasses.FakeTensor
-    real_layers, seen = [], []
+    real_layers, seen, alive = [], [], []
 
     def make_optimizer(parameters):
         seen.append([tuple(p.shape) for p in parameters])
+        assert not any(reference() is not None for reference in alive), "a layer is still real beside the next"
+        alive[:] = [weakref.ref(p) for p in parameters]
         real_layers.append(
             [i for i, p in enumerate(pieces.pieces) if any(not isinstance(t, fake) for t in p.module.parameters())]
         )
-        return torch.optim.SGD(parameters, lr=0.1)
+        return torch.optim.AdamW(parameters, lr=0.1)
 
     samples, optimizer_ms = piecewise.time_pieces(
         pieces, microbatches, source.loss_fn, groups, make_optimizer, CpuDevice(), (2, 1)
@@ -73,7 +76,7 @@ def test_activations_are_ordinary_numbers_and_integers_are_the_users(monkeypatch
     monkeypatch.setattr(piecewise._PieceRun, "advance", watched)
     groups, _ = _optimizer_groups(pieces.trace, pieces)
     piecewise.time_pieces(pieces, microbatches, source.loss_fn, groups, source.make_optimizer, CpuDevice(), (1, 1))
-    spreads = [float(value.std()) for value in seen if value.numel() > 1 and value.isfinite().all()]
+    spreads = [float(value.detach().std()) for value in seen if value.numel() > 1 and value.isfinite().all()]
     assert len(spreads) > 20 and all(1e-6 <= spread <= 1e6 for spread in spreads)
 
 

@@ -128,7 +128,7 @@ def _value(leaf: Any, storages: dict[int, torch.UntypedStorage], function: Any) 
 def digest(tensor: torch.Tensor) -> bytes:
     """A hash of the values of a real tensor."""
     numbers = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(numbers, digest_size=16).digest()
+    return hashlib.blake2b(numbers.data, digest_size=16).digest()
 
 
 def over(storage: torch.UntypedStorage, view: StoredView) -> torch.Tensor:
