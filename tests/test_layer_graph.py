@@ -15,7 +15,6 @@ from planner.files.profile_file import LayerProfile, SizeProfile, TensorProfile,
 from planner.partitioning.chain_costs import Chain, ChainTensor, ChainTied
 from planner.partitioning.layer_graph import SCHEMA, build_layer_graph, chain_of, graph_from_json, graph_to_json
 
-
 LINK = LinkCost.of_bandwidth(1e6)
 
 

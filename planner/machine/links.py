@@ -80,7 +80,9 @@ def messages_of(profile: Profile) -> Messages:
     return spaced_messages(max(1, min(min(sizes), max(sizes) // 16)), max(sizes), max(counts))
 
 
-def measure_links(num_workers: int, messages: Messages, *, device: str | None = None, rounds: int = NUM_ROUNDS) -> Links:
+def measure_links(
+    num_workers: int, messages: Messages, *, device: str | None = None, rounds: int = NUM_ROUNDS
+) -> Links:
     """Measure the links of `num_workers` local workers, pair by pair.
 
     Raises UsageError for fewer than two workers or too few devices, RunError where a worker fails.
@@ -142,51 +144,64 @@ def _sample_all(rank: int, world: int, messages: Messages, device: Device, round
     import torch.distributed as dist
 
     ways = [way for k in range(world - 1) for way in ((k, k + 1), (k + 1, k))]
-    kinds = [(way, message) for way in ways for message in messages]
-    own = torch.zeros(len(kinds), 2, dtype=torch.float64)
-    for row, ((sender, receiver), (count, each)) in enumerate(kinds):
+    kinds = tuple(messages)
+    own = torch.zeros(len(ways), len(kinds), 2, dtype=torch.float64)
+    for row, (sender, receiver) in enumerate(ways):
         dist.barrier()
-        if rank == sender:
-            own[row, 0] = median(_sends(receiver, count, each, device, rounds))
-        elif rank == receiver:
-            own[row, 1] = median(_receives(sender, count, each, device, rounds))
+        if rank in (sender, receiver):
+            times = _transfer(rank == sender, receiver if rank == sender else sender, kinds, device, rounds)
+            own[row, :, int(rank == receiver)] = torch.tensor([median(each) for each in times], dtype=torch.float64)
     dist.all_reduce(own)
     return tuple(
-        LinkSample(sender, receiver, count, count * each, send_ms, receive_ms)
-        for ((sender, receiver), (count, each)), (send_ms, receive_ms) in zip(kinds, own.tolist(), strict=True)
+        LinkSample(sender, receiver, count, count * each, *own[row, column].tolist())
+        for row, (sender, receiver) in enumerate(ways)
+        for column, (count, each) in enumerate(kinds)
     )
 
 
-def _sends(receiver: int, count: int, each: int, device: Device, rounds: int) -> list[float]:
-    """Milliseconds that posting holds up the sender, per round."""
+def _transfer(
+    sends: bool, peer: int, kinds: Sequence[tuple[int, int]], device: Device, rounds: int
+) -> list[list[float]]:
+    """One end's milliseconds per kind of message and round; kinds take turns, so that drift meets all of them."""
+    one_end = _send if sends else _receive
+    tensors = [_tensors(count, each, device) for count, each in kinds]
+    found: list[list[float]] = [[] for _ in kinds]
+    for number in range(WARM_UP_ROUNDS + rounds):
+        for own, times in zip(tensors, found, strict=True):
+            taken = one_end(own, peer, device)
+            if number >= WARM_UP_ROUNDS:
+                times.append(taken)
+    return found
+
+
+def _send(tensors: list[Any], receiver: int, device: Device) -> float:
+    """Milliseconds that posting holds up the sender; returns once the receiver has everything."""
     import torch
     import torch.distributed as dist
 
-    tensors, token, found = _tensors(count, each, device), torch.zeros(1), []
-    for _ in range(WARM_UP_ROUNDS + rounds):
-        start = time.perf_counter()
-        works = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, receiver) for tensor in tensors])
-        found.append((time.perf_counter() - start) * 1e3)
-        dist.send(token, receiver, tag=TOKEN_TAG)
-        _wait(works, device)
-        dist.recv(token, receiver, tag=TOKEN_TAG)
-    return found[WARM_UP_ROUNDS:]
+    token = torch.zeros(1)
+    start = time.perf_counter()
+    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, receiver) for tensor in tensors])
+    taken = (time.perf_counter() - start) * 1e3
+    dist.send(token, receiver, tag=TOKEN_TAG)
+    _wait(works, device)
+    dist.recv(token, receiver, tag=TOKEN_TAG)
+    return taken
 
 
-def _receives(sender: int, count: int, each: int, device: Device, rounds: int) -> list[float]:
-    """Milliseconds from posting the receive until the data are there, per round."""
+def _receive(tensors: list[Any], sender: int, device: Device) -> float:
+    """Milliseconds from posting the receive, after the send was posted, until the data are there."""
     import torch
     import torch.distributed as dist
 
-    tensors, token, found = _tensors(count, each, device), torch.zeros(1), []
-    for _ in range(WARM_UP_ROUNDS + rounds):
-        dist.recv(token, sender, tag=TOKEN_TAG)
-        start = time.perf_counter()
-        works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, tensor, sender) for tensor in tensors])
-        _wait(works, device)
-        found.append((time.perf_counter() - start) * 1e3)
-        dist.send(token, sender, tag=TOKEN_TAG)
-    return found[WARM_UP_ROUNDS:]
+    token = torch.zeros(1)
+    dist.recv(token, sender, tag=TOKEN_TAG)
+    start = time.perf_counter()
+    works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, tensor, sender) for tensor in tensors])
+    _wait(works, device)
+    taken = (time.perf_counter() - start) * 1e3
+    dist.send(token, sender, tag=TOKEN_TAG)
+    return taken
 
 
 def _tensors(count: int, each: int, device: Device) -> list[Any]:

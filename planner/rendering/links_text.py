@@ -22,7 +22,7 @@ def format_rate(bytes_per_s: float) -> str:
 
 
 def links_line(plan: Plan) -> str:
-    """`0.08 ms + 1.9 GB/s, residual 4 %`; empty where crossings are free."""
+    """`0.08 ms + 1.9 GB/s, residual 4.0 %`; empty where crossings are free."""
     if plan.links is not None:
         return describe_links(plan.links)
     rate = plan.bandwidth_bytes_per_s
@@ -33,7 +33,7 @@ def describe_links(fit: LinkFit) -> str:
     """The fit in words: latency and rate of a message of one tensor, what each further one adds, the residual.
 
     >>> describe_links(LinkFit(0.06, 0.02, 1e3 / 1.9e9, 0.04))
-    '0.080 ms (0.020 ms per further tensor) + 1.9 GB/s, residual 4 %'
+    '0.080 ms (0.020 ms per further tensor) + 1.9 GB/s, residual 4.0 %'
     """
     further = f" ({format_ms(fit.tensor_ms)} per further tensor)" if fit.tensor_ms else ""
     rate = f" + {format_rate(1e3 / fit.ms_per_byte)}" if fit.ms_per_byte else ", sizes made no difference"
