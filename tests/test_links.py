@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -26,8 +27,13 @@ from planner.partitioning.layer_graph import build_layer_graph, chain_of, graph_
 from planner.planning import PlanRequest, make_plan, plan_profile
 from planner.profiling.attribution import MeasuredRun, attribute
 from planner.rendering import links_line, render_plan
+from planner.rendering.links_text import describe_links
 from planner.scheduling.simulation import StageTimes, simulate
-from runner.gathering import _with_transfers
+from runner.comparing import compare
+from runner.gathering import build_measurement
+from runner.measuring import StepSamples
+from runner.reporting.page import render_html
+from runner.training import StepResult
 from tests.running import command
 from tests.sample_values import make_measurement_value
 from tests.test_layer_graph import layer
@@ -102,6 +108,16 @@ def test_no_coefficient_is_negative_and_one_number_of_tensors_leaves_the_latency
         fit_links([])
 
 
+def test_one_sample_that_waited_does_not_pull_the_line_down() -> None:
+    messages = [(count, count * each) for count, each in spaced_messages(1000, 10**6)]
+    factors = [1.0] * len(messages)
+    factors[3] = 10.0
+    fit = fit_links(samples_of(FIT, messages, factors))
+    others = [m for m, factor in zip(messages, factors, strict=True) if factor == 1.0]
+    assert median(fit.crossing_ms(*m) / FIT.crossing_ms(*m) for m in others) >= 1.0
+    assert fit.residual > 0.25 and "a poor fit" in describe_links(fit)
+
+
 def test_the_slowest_link_is_named() -> None:
     messages = [(1, 1000), (1, 100_000), (2, 1000), (2, 100_000)]
     fast = samples_of(FIT, messages, [1.0] * 4)
@@ -173,24 +189,39 @@ def test_a_plan_keeps_its_links_and_shows_them(tmp_path: Path) -> None:
         Plan.load(tmp_path / "x.plan.json")
 
 
-def test_attribution_takes_the_transfers_out_of_what_stages_took() -> None:
-    profile = profile_of()
-    plan = make_plan(profile, 2, links=Links(MACHINE, "gloo", 2, 20, (), FIT))
+def test_a_simulated_step_has_the_sends_and_receives_that_the_plan_charges() -> None:
+    profile = profile_of(4, tuple(TensorProfile(f"t{i}", i, (i + 1,), 2000, 1000) for i in range(3)))
+    plan = make_plan(profile, 2, microbatches=8, links=Links(MACHINE, "gloo", 2, 20, (), FIT))
     chain = chain_of(build_layer_graph(profile.sizes[0]))
-    cut = chain.ids.index(plan.cuts[0].before)
-    times = [_with_transfers(computed, *plan.transfers_ms(k)) for k, computed in enumerate(stage_costs(chain, [cut]))]
-    measured = [
-        replace(
-            stage.measured,
-            transfer_forward_ms=plan.transfers_ms(stage.index)[0],
-            transfer_backward_ms=plan.transfers_ms(stage.index)[1],
+    cuts = (chain.ids.index(plan.cuts[0].before),)
+    computed = stage_costs(chain, cuts)
+
+    def result(step: int, times: StageTimes) -> StepResult:
+        forward, backward = (times.forward_ms,) * 8, (times.backward_ms,) * 8
+        return StepResult(
+            step, 1.0, 1.0, 0.1, 9.0, StepSamples(step, forward, backward, times.optimizer_ms, 9, 9), None
         )
-        for stage in make_measurement_value(plan, times).stages
-    ]
-    found = attribute(profile.sizes[0], [MeasuredRun((cut,), tuple(measured))])
-    for before, after in zip(profile.sizes[0].layers, found.size.layers, strict=True):
+
+    results = [[result(step, times) for step in range(2)] for times in computed]
+    found = build_measurement(plan, results, MACHINE, "thread-cpu", None, None, None, rehearsed=True)
+    assert found.step_ms.measured == pytest.approx(plan.scheduled_step_ms())
+    assert found.step_ms.measured > simulate(computed, 8).step_ms
+    for stage in found.stages:
+        assert stage.measured.forward_ms == pytest.approx(stage.predicted.forward_ms)
+        assert stage.measured.transfer_backward_ms == pytest.approx(FIT.crossing_ms(1, 1000) / 2)
+    run = MeasuredRun(cuts, tuple(stage.measured for stage in found.stages))
+    attributed = attribute(profile.sizes[0], [run])
+    for before, after in zip(profile.sizes[0].layers, attributed.size.layers, strict=True):
         assert after.forward_ms == pytest.approx(before.forward_ms)
         assert after.backward_ms == pytest.approx(before.backward_ms)
+
+
+def test_the_report_has_the_links_in_one_line() -> None:
+    plan = make_plan(profile_of(), 2, links=Links(MACHINE, "gloo", 2, 20, (), FIT))
+    times = [StageTimes(s.forward_ms, s.backward_ms, s.backward_first_ms, s.optimizer_ms) for s in plan.stages]
+    measurement = make_measurement_value(plan, times)
+    page = render_html(compare(plan, measurement), plan, measurement).replace("\u00a0", " ")
+    assert "0.60 ms (0.20 ms per further tensor) + 1 MB/s, residual 4.0 %" in page
 
 
 def test_messages_span_what_crosses_the_cuts() -> None:

@@ -47,8 +47,9 @@ FREE = LinkCost()
 class LinkFit:
     """The line through the samples of all links; times are of the two ends of a crossing together.
 
-    `residual` is the root mean square of the relative errors. The slowest link is that from `slowest_sender` to the
-    worker after it, and takes `slowest_ratio` times what the line says.
+    `residual` is the root mean square of the errors, each relative to the geometric mean of measured and fitted. Of
+    several links the slowest is that from `slowest_sender` to the worker after it, and takes `slowest_ratio` times what
+    the line says.
     """
 
     message_ms: float

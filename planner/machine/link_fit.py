@@ -1,7 +1,9 @@
 """Samples of links → the line through them, by non-negative least squares of the relative errors.
 
-Relative, because a message of 4 KiB must be right to the same share as one of 64 MiB. There are three unknowns, so
-the exact solution is the best feasible one among the ordinary least squares of every subset of them (Lawson and
+Relative, because a message of 4 KiB must be right to the same share as one of 64 MiB; to the geometric mean of what was
+measured and what the line says, because errors relative to the measurement alone would follow the lowest samples (one
+that is ten times too high would count less than one that is half too low). There are three unknowns, so each weighted
+problem is solved exactly: the best feasible one among the ordinary solutions on every subset of them (Lawson and
 Hanson, Solving Least Squares Problems, chapter 23: the optimum is the ordinary solution on its own support).
 """
 
@@ -17,6 +19,7 @@ import numpy.typing as npt
 from planner.errors import RunError
 from planner.files.links_file import LinkFit, LinkSample
 
+NUM_REWEIGHTINGS = 30
 Array = npt.NDArray[np.float64]
 
 
@@ -36,25 +39,44 @@ def fit_links(samples: Sequence[LinkSample]) -> LinkFit:
     rows = np.array([[1.0, sample.num_tensors, sample.num_bytes] for sample in samples])
     message, tensor, per_byte = _relative_least_squares(rows, taken)
     predicted = rows @ np.array([message, tensor, per_byte])
-    residual = float(np.sqrt(np.mean((predicted / taken - 1) ** 2)))
-    ratios: dict[int, list[float]] = {}
-    for sample, ratio in zip(samples, taken / predicted, strict=True):
-        ratios.setdefault(min(sample.sender, sample.receiver), []).append(float(ratio))
-    slowest = max(ratios, key=lambda pair: median(ratios[pair]))
-    return LinkFit(message, tensor, per_byte, residual, slowest, median(ratios[slowest]))
+    residual = float(np.sqrt(np.mean((predicted - taken) ** 2 / (predicted * taken))))
+    slowest, ratio = _slowest(samples, taken / predicted)
+    return LinkFit(message, tensor, per_byte, residual, slowest, ratio)
+
+
+def _slowest(samples: Sequence[LinkSample], ratios: Array) -> tuple[int, float]:
+    """The first worker of the slowest pair, and its median of measured ÷ predicted; 1 where there is one pair only."""
+    pairs: dict[int, list[float]] = {}
+    for sample, ratio in zip(samples, ratios.tolist(), strict=True):
+        pairs.setdefault(min(sample.sender, sample.receiver), []).append(ratio)
+    slowest = max(pairs, key=lambda pair: median(pairs[pair]))
+    return slowest, median(pairs[slowest]) if len(pairs) > 1 else 1.0
 
 
 def _relative_least_squares(rows: Array, taken: Array) -> tuple[float, float, float]:
+    """The non-negative coefficients x of the least Σ (p − t)² / (p · t), p = rows @ x, by reweighting.
+
+    The weight (t + p) / (t · p²) makes each weighted problem's fixed point the one of that sum.
+    """
     scale = rows.max(axis=0)
-    weighted = rows / scale / taken[:, None]
+    scaled = rows / scale
     usable = [0, 2] if len(set(rows[:, 1])) == 1 else [0, 1, 2]
-    best, least = np.zeros(3), np.inf
+    found = _non_negative(scaled, taken, 1 / taken, usable)
+    for _ in range(NUM_REWEIGHTINGS):
+        predicted = scaled @ found
+        found = _non_negative(scaled, taken, np.sqrt((taken + predicted) / taken) / predicted, usable)
+    message, tensor, per_byte = (found / scale).tolist()
+    return message, tensor, per_byte
+
+
+def _non_negative(rows: Array, taken: Array, weights: Array, usable: Sequence[int]) -> Array:
+    """The x ≥ 0 of the least |weights · (rows @ x − taken)|, zero outside the columns `usable`."""
+    best, least = np.zeros(rows.shape[1]), np.inf
     for count in range(1, len(usable) + 1):
-        for chosen in combinations(usable, count):
-            found = np.zeros(3)
-            found[list(chosen)] = np.linalg.lstsq(weighted[:, list(chosen)], np.ones(len(taken)), rcond=None)[0]
-            error = float(np.sum((weighted @ found - 1) ** 2))
+        for chosen in map(list, combinations(usable, count)):
+            found = np.zeros(rows.shape[1])
+            found[chosen] = np.linalg.lstsq(rows[:, chosen] * weights[:, None], taken * weights, rcond=None)[0]
+            error = float(np.sum((weights * (rows @ found - taken)) ** 2))
             if found.min() >= 0 and error < least:
                 best, least = found, error
-    message, tensor, per_byte = (best / scale).tolist()
-    return message, tensor, per_byte
+    return best

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from planner.machine.device import Device
 
 NUM_SIZES = 6
-NUM_ROUNDS, WARM_UP_ROUNDS = 20, 3
+NUM_ROUNDS, WARM_UP_ROUNDS = 25, 3
 MOST_TENSORS = 8
 DEFAULT_BYTES = (4 * 2**10, 64 * 2**20)
 TOKEN_TAG = 1
@@ -143,35 +143,42 @@ def _sample_all(rank: int, world: int, messages: Messages, device: Device, round
     import torch
     import torch.distributed as dist
 
-    ways = [way for k in range(world - 1) for way in ((k, k + 1), (k + 1, k))]
     kinds = tuple(messages)
-    own = torch.zeros(len(ways), len(kinds), 2, dtype=torch.float64)
-    for row, (sender, receiver) in enumerate(ways):
+    taken = torch.zeros(world - 1, 2, len(kinds), 2, dtype=torch.float64)  # pair, way, kind, (send, receive)
+    for pair in range(world - 1):
         dist.barrier()
-        if rank in (sender, receiver):
-            times = _transfer(rank == sender, receiver if rank == sender else sender, kinds, device, rounds)
-            own[row, :, int(rank == receiver)] = torch.tensor([median(each) for each in times], dtype=torch.float64)
-    dist.all_reduce(own)
+        if rank in (pair, pair + 1):
+            lower = rank == pair
+            sent, received = _exchange(lower, pair + lower, kinds, device, rounds)
+            taken[pair, 0 if lower else 1, :, 0] = torch.tensor(sent, dtype=torch.float64)
+            taken[pair, 1 if lower else 0, :, 1] = torch.tensor(received, dtype=torch.float64)
+    dist.all_reduce(taken)
     return tuple(
-        LinkSample(sender, receiver, count, count * each, *own[row, column].tolist())
-        for row, (sender, receiver) in enumerate(ways)
-        for column, (count, each) in enumerate(kinds)
+        LinkSample(pair + way, pair + 1 - way, count, count * each, *taken[pair, way, kind].tolist())
+        for pair, way in product(range(world - 1), (0, 1))
+        for kind, (count, each) in enumerate(kinds)
     )
 
 
-def _transfer(
-    sends: bool, peer: int, kinds: Sequence[tuple[int, int]], device: Device, rounds: int
-) -> list[list[float]]:
-    """One end's milliseconds per kind of message and round; kinds take turns, so that drift meets all of them."""
-    one_end = _send if sends else _receive
+def _exchange(
+    lower: bool, peer: int, kinds: Sequence[tuple[int, int]], device: Device, rounds: int
+) -> tuple[list[float], list[float]]:
+    """One end's medians of sending and of receiving, per kind; kinds and ways take turns, so that drift meets all."""
     tensors = [_tensors(count, each, device) for count, each in kinds]
-    found: list[list[float]] = [[] for _ in kinds]
-    for number in range(WARM_UP_ROUNDS + rounds):
-        for own, times in zip(tensors, found, strict=True):
-            taken = one_end(own, peer, device)
-            if number >= WARM_UP_ROUNDS:
-                times.append(taken)
-    return found
+    sent: list[list[float]] = [[] for _ in kinds]
+    received: list[list[float]] = [[] for _ in kinds]
+    for _ in range(WARM_UP_ROUNDS + rounds):
+        for kind, own in enumerate(tensors):
+            for sends in (lower, not lower):
+                if sends:
+                    sent[kind].append(_send(own, peer, device))
+                else:
+                    received[kind].append(_receive(own, peer, device))
+    return _medians(sent), _medians(received)
+
+
+def _medians(times: Sequence[Sequence[float]]) -> list[float]:
+    return [median(own[WARM_UP_ROUNDS:]) for own in times]
 
 
 def _send(tensors: list[Any], receiver: int, device: Device) -> float:

@@ -7,6 +7,7 @@ from planner.files.plan_file import Plan
 from planner.rendering.wording import format_ms, format_percent
 
 WORTH_SAYING = 1.2
+NOISY = 0.25
 
 
 def format_rate(bytes_per_s: float) -> str:
@@ -38,6 +39,8 @@ def describe_links(fit: LinkFit) -> str:
     further = f" ({format_ms(fit.tensor_ms)} per further tensor)" if fit.tensor_ms else ""
     rate = f" + {format_rate(1e3 / fit.ms_per_byte)}" if fit.ms_per_byte else ", sizes made no difference"
     text = f"{format_ms(fit.message_ms + fit.tensor_ms)}{further}{rate}, residual {format_percent(fit.residual)}"
-    if fit.slowest_ratio < WORTH_SAYING:
-        return text
-    return f"{text}; slowest {fit.slowest_sender}→{fit.slowest_sender + 1}: {fit.slowest_ratio:.1f} × that"
+    if fit.residual > NOISY:
+        text += " (a poor fit: noise, or no straight line)"
+    if fit.slowest_ratio > WORTH_SAYING:
+        text += f"; slowest {fit.slowest_sender}→{fit.slowest_sender + 1}: {fit.slowest_ratio:.1f} × that"
+    return text
