@@ -64,7 +64,7 @@ def make_chain(
 
 
 def random_chain(generator: random.Random, num_layers: int, dearer_first: bool = False) -> Chain:
-    """Messages, transfers, skips, up to two tied groups; the first backward cheaper, with `dearer_first` also dearer."""
+    """Messages, transfers, skips, up to two tied groups; first backward cheaper, with `dearer_first` also dearer."""
     forward = [generator.lognormvariate(0, 0.8) for _ in range(num_layers)]
     backward = [2 * ms * generator.uniform(0.5, 1.5) for ms in forward]
     tensors, tied = [], []
