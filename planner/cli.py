@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from planner.command import guarded, stdout_to_stderr
 from planner.errors import RunError, UsageError
 from planner.files.plan_rules import MAX_SEED
+from planner.links_command import add_link_flags, given_links, linked, refuse_link_flags
 from planner.run_flags import add_run_flags, run_arguments, whole_number
 from planner.version import version
 
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RATE",
         help="of each link: 12GB/s (bytes), 100Gb/s (bits); default: free",
     )
+    add_link_flags(costs)
     costs.add_argument(
         "--memory", type=_memory, metavar="SIZE", help="what each stage may need, e.g. 24GiB (default: the GPU's)"
     )
@@ -100,6 +102,7 @@ def run(flags: argparse.Namespace) -> int:
         print(Path(__file__).with_name("example_model.py").read_text(encoding="utf-8"), end="")
         return 0
     _refuse_drawing(flags)
+    refuse_link_flags(flags)
     _take_configuration(flags)
     if flags.from_measurement is not None:
         return _plan_again(flags)
@@ -117,6 +120,7 @@ def _make(flags: argparse.Namespace) -> tuple[Plan, Profile, bool, Path]:
     request, output = _request(flags), _output(flags)
     _refuse_bad_targets(flags, output)
     profile, reused = _profile(flags, request, output)
+    request = linked(flags, request, profile, output)
     from planner.planning import plan_profile, relative_to
 
     plan = plan_profile(profile, request)
@@ -125,7 +129,7 @@ def _make(flags: argparse.Namespace) -> tuple[Plan, Profile, bool, Path]:
     if flags.draw is not None:
         from planner.partitioning.layer_graph import build_layer_graph
 
-        _draw(flags, plan, build_layer_graph(profile.size(plan.microbatch_size), plan.bandwidth_bytes_per_s))
+        _draw(flags, plan, build_layer_graph(profile.size(plan.microbatch_size), plan.link_cost()))
     return plan, profile, reused, output
 
 
@@ -169,6 +173,7 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         schedule=flags.schedule,
         memory_bytes=flags.memory,
         meta=flags.meta,
+        links=given_links(flags),
     )
 
 
