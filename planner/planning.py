@@ -89,7 +89,17 @@ def make_plan(
     Raises ModelFileError, TraceError, ProfileError, InfeasibleError or UsageError; see `planner.errors`.
     """
     request = PlanRequest(
-        gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule, memory_bytes, meta, precision
+        gpus,
+        batch_size,
+        microbatches,
+        device,
+        bandwidth_bytes_per_s,
+        plain,
+        seed,
+        schedule,
+        memory_bytes,
+        meta,
+        precision,
     )
     profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
     return plan_profile(profile, request)

@@ -37,7 +37,9 @@ class Worst:
         difference = float("inf") if difference != difference else difference
         if difference > self.difference or not self.name:
             self.difference, self.name = difference, name
-        if difference > self.tolerance and (self.first is None or (self.first[0] == step and difference > self.first[1])):
+        if difference > self.tolerance and (
+            self.first is None or (self.first[0] == step and difference > self.first[1])
+        ):
             self.first = (step, difference, name)
 
 

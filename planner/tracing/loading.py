@@ -149,7 +149,9 @@ def _precision(file: Path, module: ModuleType) -> Literal["fp32", "bf16"] | None
     precision: Any = getattr(module, "PRECISION", None)
     if precision not in (None, "fp32", "bf16"):
         rule = FP16_RULE if precision == "fp16" else 'it is "fp32" or "bf16"'
-        raise ModelFileError(f"{file.name}: PRECISION is {precision!r}", rule, 'write PRECISION = "bf16", or leave it out')
+        raise ModelFileError(
+            f"{file.name}: PRECISION is {precision!r}", rule, 'write PRECISION = "bf16", or leave it out'
+        )
     return precision  # type: ignore[no-any-return]
 
 
