@@ -245,8 +245,8 @@ class Plan:
         """The plan as `split_policy` for `pipeline(model, mb_args, mb_kwargs, split_policy=…)`, for every model.
 
         `model` is the one that `pipeline` gets. `device` is where the stages of a bf16 plan will compute, inside
-        `torch.autocast(device.type, torch.bfloat16)`; None means where the model is. Raises TraceError (inside `pipeline`) where the traced model is not
-        the planned one.
+        `torch.autocast(device.type, torch.bfloat16)`; None means where the model is. Raises TraceError (inside
+        `pipeline`) where the traced model is not the planned one.
         """
         from planner.tracing.split_policy import SplitPolicy
 
