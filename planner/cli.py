@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     costs.add_argument("--microbatches", type=_microbatches, default="auto", metavar="N|auto", help="default: auto")
     costs.add_argument("--schedule", choices=["gpipe", "1f1b"], default="gpipe", help="default: gpipe")
-    costs.add_argument("--precision", choices=["fp32"], default="fp32", help="default: fp32")
+    costs.add_argument("--precision", type=_precision, metavar="fp32|bf16", help="default: the model's, else fp32")
     costs.add_argument(
         "--bandwidth",
         type=_bandwidth,
@@ -174,6 +174,7 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         memory_bytes=flags.memory,
         meta=flags.meta,
         links=given_links(flags),
+        precision=flags.precision,
     )
 
 
@@ -249,7 +250,7 @@ def _refuse_for_graph(flags: argparse.Namespace) -> None:
     if flags.gpus is None:
         raise UsageError("no --gpus", "the number of stages is needed", example)
     given = {"a model file": flags.model, "--profile": flags.profile, "--train": flags.train or None}
-    given["--meta"] = flags.meta or None
+    given |= {"--meta": flags.meta or None, "--precision": flags.precision}
     if wrong := [name for name, value in given.items() if value is not None]:
         raise UsageError(f"--graph and {wrong[0]}", "a plan comes from one source, and a graph cannot be run", example)
     if flags.objective is not None and (flags.cut_at is not None or flags.microbatches is not None):
@@ -330,7 +331,7 @@ def with_model_file(profile: Profile, path: Path) -> Profile:
 
 
 def _reusable_profile(model: str, request: PlanRequest, path: Path) -> tuple[Profile | None, str]:
-    from planner.planning import candidate_counts, resolve_batch_size
+    from planner.planning import candidate_counts, resolve_batch_size, resolve_precision
     from planner.profiling.profiler import load_if_fitting
 
     if not path.exists():
@@ -338,7 +339,7 @@ def _reusable_profile(model: str, request: PlanRequest, path: Path) -> tuple[Pro
     batch_size = resolve_batch_size(model, request)
     sizes = tuple(batch_size // count for count in candidate_counts(batch_size, request))
     wanted: dict[str, Any] = {"batch_size": batch_size, "sizes": sizes, "device": request.device, "seed": request.seed}
-    wanted["meta"] = request.meta
+    wanted |= {"meta": request.meta, "precision": resolve_precision(model, request)}
     return load_if_fitting(path, model=model, **wanted)
 
 
@@ -379,6 +380,14 @@ def _train(flags: argparse.Namespace, output: Path) -> int:
 
 def _microbatches(text: str) -> int | None:
     return None if text == "auto" else whole_number(1)(text)
+
+
+def _precision(text: str) -> str:
+    if text in ("fp32", "bf16"):
+        return text
+    from planner.tracing.loading import FP16_RULE
+
+    raise argparse.ArgumentTypeError(FP16_RULE if text == "fp16" else f"got {text!r}; it is fp32 or bf16")
 
 
 def _memory(text: str) -> int:

@@ -44,7 +44,7 @@ class PlanRequest:
     """What a plan is wanted for. `microbatches` None means: choose.
 
     `memory_bytes` is what each stage may need; None means what the profiled device has, and on a CPU no limit. `meta`:
-    the whole model may not fit into memory.
+    the whole model may not fit into memory. `precision` None means the model file's, else fp32.
     """
 
     gpus: int
@@ -58,6 +58,7 @@ class PlanRequest:
     memory_bytes: int | None = None
     meta: bool = False
     links: LinkFit | None = None
+    precision: Literal["fp32", "bf16"] | None = None
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -90,6 +91,7 @@ def make_plan(
     memory_bytes: int | None = None,
     meta: bool = False,
     links: Links | None = None,
+    precision: Literal["fp32", "bf16"] | None = None,
     progress: Progress = lambda share, text: None,
 ) -> Plan:
     """Plan `source` (a model file, or a Profile of one) for `gpus` stages.
@@ -110,6 +112,7 @@ def make_plan(
         memory_bytes,
         meta,
         None if links is None else links.fit,
+        precision,
     )
     profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
     return plan_profile(profile, request)
@@ -129,6 +132,7 @@ def measure(model: str, request: PlanRequest, progress: Progress = lambda share,
         device=request.device,
         seed=request.seed,
         meta=request.meta,
+        precision=resolve_precision(model, request),
         progress=progress,
     )
 
@@ -140,6 +144,20 @@ def resolve_batch_size(model: str, request: PlanRequest) -> int:
     from planner.tracing.loading import load_source
 
     return load_source(model).batch_size or DEFAULT_BATCH_SIZE
+
+
+def resolve_precision(model: str, request: PlanRequest) -> Literal["fp32", "bf16"]:
+    """The precision asked for, else the model file's, else fp32. Raises UsageError where they contradict each other."""
+    from planner.tracing.loading import load_source
+
+    stated = load_source(model).precision
+    if request.precision is not None and stated not in (None, request.precision):
+        raise UsageError(
+            f'--precision {request.precision}, and PRECISION = "{stated}" in the model file',
+            "a model is trained in one precision",
+            f"leave out --precision, or PRECISION in {Path(model.partition(':')[0]).name}",
+        )
+    return request.precision or stated or "fp32"
 
 
 def candidate_counts(batch_size: int, request: PlanRequest) -> tuple[int, ...]:
@@ -188,6 +206,12 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
     from planner.partitioning.chain import best_plain_within, solve_chain
     from planner.partitioning.memory_limit import TooLittleMemoryError
 
+    if request.precision not in (None, profile.precision):
+        raise UsageError(
+            f"--precision {request.precision} with a profile that was made in {profile.precision}",
+            "times and bytes hold for the precision that they were measured in",
+            f"leave out --precision, or profile the model again with --precision {request.precision}",
+        )
     batch_size = profile.batch_size if request.batch_size is None else request.batch_size
     limit = memory_limit(profile, request)
     candidates, refused = [], []
@@ -317,7 +341,7 @@ def _assemble(
         schedule=request.schedule,
         num_microbatches=count,
         microbatch_size=best.size.microbatch_size,
-        precision="fp32",
+        precision=profile.precision,
         seed=request.seed,
         data_parallel=1,
         step_ms=step,

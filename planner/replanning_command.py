@@ -83,6 +83,7 @@ def _refuse_other_sources(flags: argparse.Namespace) -> None:
         "--microbatches": flags.microbatches,
         "--objective": flags.objective,
         "--cut-at": flags.cut_at,
+        "--precision": flags.precision,
     }
     if wrong := [name for name, value in given.items() if value is not None]:
         raise UsageError(

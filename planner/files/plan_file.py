@@ -168,7 +168,7 @@ class Plan:
     schedule: Literal["gpipe", "1f1b"] | None
     num_microbatches: int
     microbatch_size: int
-    precision: Literal["fp32"]
+    precision: Literal["fp32", "bf16"]
     seed: int
     data_parallel: int
     step_ms: float | None
@@ -262,15 +262,18 @@ class Plan:
 
         return dict.fromkeys(self.split_specification, SplitPoint.BEGINNING)
 
-    def split_policy(self, model: torch.nn.Module) -> Callable[[torch.fx.GraphModule], torch.fx.GraphModule]:
+    def split_policy(
+        self, model: torch.nn.Module, device: torch.device | None = None
+    ) -> Callable[[torch.fx.GraphModule], torch.fx.GraphModule]:
         """The plan as `split_policy` for `pipeline(model, mb_args, mb_kwargs, split_policy=…)`, for every model.
 
-        `model` is the one that `pipeline` gets. Raises TraceError (inside `pipeline`) where the traced model is not
-        the planned one.
+        `model` is the one that `pipeline` gets. `device` is where the stages of a bf16 plan will compute, inside
+        `torch.autocast(device.type, torch.bfloat16)`; None means where the model is. Raises TraceError (inside
+        `pipeline`) where the traced model is not the planned one.
         """
         from planner.tracing.split_policy import SplitPolicy
 
-        return SplitPolicy(model, self)
+        return SplitPolicy(model, self, device)
 
     def sum_tied_gradients(self, stage: Any) -> None:
         """Add up the gradients of tied parameters over the stages that hold them; collective over the stage's group.
