@@ -22,7 +22,7 @@ from planner.files.plan_file import (
     tied_over,
 )
 from planner.files.plan_rules import MAX_SEED
-from planner.files.profile_file import Profile, SizeProfile
+from planner.files.profile_file import Granularity, Profile, SizeProfile
 from planner.scheduling.simulation import too_few_microbatches
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class PlanRequest:
     """What a plan is wanted for. `microbatches` None means: choose.
 
     `memory_bytes` is what each stage may need; None means what the profiled device has, and on a CPU no limit. `meta`:
-    the whole model may not fit into memory.
+    the whole model may not fit into memory. `granularity`: cuts before modules only, before operations too, or (auto)
+    before operations of layers that would spoil the balance.
     """
 
     gpus: int
@@ -55,6 +56,7 @@ class PlanRequest:
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
     memory_bytes: int | None = None
     meta: bool = False
+    granularity: Granularity = "module"
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -80,6 +82,7 @@ def make_plan(
     schedule: Literal["gpipe", "1f1b"] = "gpipe",
     memory_bytes: int | None = None,
     meta: bool = False,
+    granularity: Granularity = "module",
     progress: Progress = lambda share, text: None,
 ) -> Plan:
     """Plan `source` (a model file, or a Profile of one) for `gpus` stages.
@@ -87,7 +90,17 @@ def make_plan(
     Raises ModelFileError, TraceError, ProfileError, InfeasibleError or UsageError; see `planner.errors`.
     """
     request = PlanRequest(
-        gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule, memory_bytes, meta
+        gpus,
+        batch_size,
+        microbatches,
+        device,
+        bandwidth_bytes_per_s,
+        plain,
+        seed,
+        schedule,
+        memory_bytes,
+        meta,
+        granularity,
     )
     profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
     return plan_profile(profile, request)
@@ -107,6 +120,7 @@ def measure(model: str, request: PlanRequest, progress: Progress = lambda share,
         device=request.device,
         seed=request.seed,
         meta=request.meta,
+        granularity=request.granularity,
         progress=progress,
     )
 
@@ -283,6 +297,7 @@ def _assemble(
             num_parameters=profile.model.num_parameters,
             entry=profile.model.entry,
             meta=profile.model.meta or request.meta,
+            granularity="module" if profile.granularity == "module" else "operation",
         ),
         status=solution.status if step <= solution.step_ms * (1 + EQUAL) else "feasible",
         objective_ms=step,

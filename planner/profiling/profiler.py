@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planner.errors import FileError
-from planner.files.profile_file import Profile
+from planner.files.profile_file import Granularity, Profile
 from planner.files.reading import dump_json
 from planner.machine.device import available_cores, worker_environment
 from planner.machine.workers import run_workers
@@ -25,7 +25,8 @@ REQUEST_SCHEMA = "evenstage/profile-request/1"
 class ProfileRequest:
     """What to profile; `progress` is a file that the first copy keeps writing how far it is.
 
-    `meta`: without memory for the whole model, one layer at a time.
+    `meta`: without memory for the whole model, one layer at a time. `granularity` auto opens layers that `num_stages`
+    stages could not balance.
     """
 
     model: str
@@ -37,6 +38,8 @@ class ProfileRequest:
     copies: int
     progress: str
     meta: bool = False
+    granularity: Granularity = "module"
+    num_stages: int = 1
 
 
 def profile_model(
@@ -49,6 +52,7 @@ def profile_model(
     seed: int = 0,
     num_rounds: int = 15,
     meta: bool = False,
+    granularity: Granularity = "module",
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Profile:
     """Profile `model` ("file.py" or "file.py:name") at the given sizes, as `num_workers` workers would run it.
@@ -59,7 +63,17 @@ def profile_model(
     copies = concurrent_copies(num_workers, kind)
     with tempfile.TemporaryDirectory(prefix="evenstage-profile-") as folder:
         request = ProfileRequest(
-            model, seed, batch_size, microbatch_sizes, device, num_rounds, copies, str(Path(folder, "progress")), meta
+            model,
+            seed,
+            batch_size,
+            microbatch_sizes,
+            device,
+            num_rounds,
+            copies,
+            str(Path(folder, "progress")),
+            meta,
+            granularity,
+            num_workers,
         )
         path, result = Path(folder, "request.json"), Path(folder, "profile.json")
         path.write_text(dump_json(request, REQUEST_SCHEMA), encoding="utf-8")
@@ -113,6 +127,7 @@ def reusable(
     device: str | None,
     seed: int,
     meta: bool = False,
+    granularity: Granularity = "module",
 ) -> str:
     """Why `profile` cannot stand for a new one of `model`; empty where it can. Traces the model once."""
     from planner.machine.device import choose_device, describe_machine
@@ -126,6 +141,8 @@ def reusable(
 
     if meta and not profile.model.meta:
         return "it was made without --meta"
+    if profile.granularity != granularity:
+        return f"it was made with --granularity {profile.granularity}"
     if profile.batch_size != batch_size:
         return f"it was made for batches of {profile.batch_size}"
     missing = set(sizes) - {size.microbatch_size for size in profile.sizes}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from planner.errors import TraceError
-from planner.tracing.exporting import Trace, read_trace
+from planner.tracing.exporting import Trace, open_layers, read_trace
 from planner.tracing.functions import refuse_module_hooks, start_keeping, stop_keeping
 from planner.tracing.gradients import attribute
 from planner.tracing.rewriting import apply_cuts, canonical_names
@@ -39,6 +39,8 @@ class SplitPolicy:
             stop_keeping()
         show_first_names_to_pipeline(self.model)
         self.trace = read_trace(gm, self.model)
+        if self.plan.model.granularity == "operation":
+            self.trace = open_layers(self.trace)
         expected, got = self.plan.model.fingerprint, self.trace.fingerprint
         if got != expected:
             raise TraceError(
