@@ -114,7 +114,8 @@ def _is_whole(node: fx.Node) -> bool:
     if node.target is not ATEN.slice.Tensor:
         return node.target is ATEN.alias.default
     given: tuple[Any, ...] = node.args
-    value, dimension, start, stop, step = (*given, *(0, None, None, 1)[len(given) - 1 :])
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    value, dimension, start, stop, step = given + defaults[len(given) - 1 :]
     length = value.meta["val"].shape[dimension]
     known = all(isinstance(size, int) for size in (length, stop))
     return not start and step == 1 and (stop is None or (known and int(length) <= int(stop)))
