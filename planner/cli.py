@@ -71,6 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory", type=_memory, metavar="SIZE", help="what each stage may need, e.g. 24GiB (default: the GPU's)"
     )
     costs.add_argument("--plain", action="store_true", help="only cuts that stock torch does rightly by split_spec")
+    costs.add_argument(
+        "--granularity",
+        choices=["module", "operation", "auto"],
+        help="cut before modules (default), before any operation, or before operations of layers too large to balance",
+    )
     costs.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, metavar="S", help="default: 0")
     costs.add_argument(
         "--meta", action="store_true", help="the model exceeds this machine: no process holds more than its part of it"
@@ -175,6 +180,7 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         meta=flags.meta,
         links=given_links(flags),
         precision=flags.precision,
+        granularity=flags.granularity or "module",
     )
 
 
@@ -307,7 +313,11 @@ def _profile(flags: argparse.Namespace, request: PlanRequest, output: Path) -> t
 
     if flags.profile is not None:
         path = Path(flags.profile)
-        return with_model_file(Profile.load(path), path), True
+        profile = Profile.load(path)
+        if flags.granularity not in (None, profile.granularity):
+            got, rule = f"--granularity {flags.granularity}", f"{path} was made with {profile.granularity}"
+            raise UsageError(got, rule, "leave it out, or profile again with --fresh")
+        return with_model_file(profile, path), True
     path = profile_path(output)
     if not flags.fresh:
         found, reason = _reusable_profile(flags.model, request, path)
@@ -340,6 +350,7 @@ def _reusable_profile(model: str, request: PlanRequest, path: Path) -> tuple[Pro
     sizes = tuple(batch_size // count for count in candidate_counts(batch_size, request))
     wanted: dict[str, Any] = {"batch_size": batch_size, "sizes": sizes, "device": request.device, "seed": request.seed}
     wanted |= {"meta": request.meta, "precision": resolve_precision(model, request)}
+    wanted |= {"meta": request.meta, "granularity": request.granularity}
     return load_if_fitting(path, model=model, **wanted)
 
 

@@ -24,7 +24,7 @@ from planner.files.plan_file import (
     tied_over,
 )
 from planner.files.plan_rules import MAX_SEED
-from planner.files.profile_file import Profile, SizeProfile
+from planner.files.profile_file import Granularity, Profile, SizeProfile
 from planner.scheduling.simulation import too_few_microbatches
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class PlanRequest:
     """What a plan is wanted for. `microbatches` None means: choose.
 
     `memory_bytes` is what each stage may need; None means what the profiled device has, and on a CPU no limit. `meta`:
-    the whole model may not fit into memory. `precision` None means the model file's, else fp32.
+    the whole model may not fit into memory. `precision` None means the model file's, else fp32. `granularity`: cuts
+    before modules only, before operations too, or (auto) before operations of layers that would spoil the balance.
     """
 
     gpus: int
@@ -59,6 +60,7 @@ class PlanRequest:
     meta: bool = False
     links: LinkFit | None = None
     precision: Literal["fp32", "bf16"] | None = None
+    granularity: Granularity = "module"
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -92,6 +94,7 @@ def make_plan(
     meta: bool = False,
     links: Links | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
+    granularity: Granularity = "module",
     progress: Progress = lambda share, text: None,
 ) -> Plan:
     """Plan `source` (a model file, or a Profile of one) for `gpus` stages.
@@ -113,6 +116,7 @@ def make_plan(
         meta,
         None if links is None else links.fit,
         precision,
+        granularity,
     )
     profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
     return plan_profile(profile, request)
@@ -133,6 +137,7 @@ def measure(model: str, request: PlanRequest, progress: Progress = lambda share,
         seed=request.seed,
         meta=request.meta,
         precision=resolve_precision(model, request),
+        granularity=request.granularity,
         progress=progress,
     )
 
@@ -329,6 +334,7 @@ def _assemble(
             num_parameters=profile.model.num_parameters,
             entry=profile.model.entry,
             meta=profile.model.meta or request.meta,
+            granularity="module" if profile.granularity == "module" else "operation",
         ),
         status=solution.status if step <= solution.step_ms * (1 + EQUAL) else "feasible",
         objective_ms=step,

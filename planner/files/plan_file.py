@@ -30,7 +30,8 @@ Status = Literal["optimal", "feasible", "scored"]
 class PlannedModel:
     """The model of a plan. `file` is relative to the plan; `fingerprint` is that of its trace at `microbatch_size`.
 
-    `meta`: each rank makes the weights of its own stage only, because the whole model may not fit.
+    `meta`: each rank makes the weights of its own stage only, because the whole model may not fit. `granularity`:
+    whether layers begin with modules only, or with operations inside them too.
     """
 
     file: str | None
@@ -39,6 +40,7 @@ class PlannedModel:
     num_parameters: int = 0
     entry: str = "build_model"
     meta: bool = False
+    granularity: Literal["module", "operation"] = "module"
 
 
 @dataclass(frozen=True, slots=True)

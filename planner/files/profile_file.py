@@ -13,6 +13,7 @@ from planner.errors import FileError
 from planner.files.reading import decode, dump_json, read_json, write_text
 
 SCHEMA = "evenstage/profile/1"
+Granularity = Literal["module", "operation", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +187,20 @@ class SizeProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class Tracing:
+    """How many exports one copy of the profile made for all its sizes, and their wall time."""
+
+    num_exports: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """Everything that planning needs to know about a model on a kind of device.
 
-    `training` is the digest of what is trained and how (planner/tracing/training_digest.py).
+    `granularity` is what was asked for: layers that begin with modules, with operations, or with operations where the
+    balance needs it. `training` is the digest of what is trained and how (planner/tracing/training_digest.py).
+    `tracing` is null where it was not counted.
     """
 
     model: ModelReference
@@ -202,6 +213,8 @@ class Profile:
     sizes: tuple[SizeProfile, ...]
     why_not_plain: str = ""
     training: str = ""
+    tracing: Tracing | None = None
+    granularity: Granularity = "module"
 
     def size(self, microbatch_size: int) -> SizeProfile:
         """The measurements at `microbatch_size`. Raises FileError where that size was not profiled."""

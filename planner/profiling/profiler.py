@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from planner.errors import FileError
-from planner.files.profile_file import Profile
+from planner.files.profile_file import Granularity, Profile
 from planner.files.reading import dump_json
 from planner.machine.device import available_cores, worker_environment
 from planner.machine.workers import run_workers
@@ -26,7 +26,8 @@ REQUEST_SCHEMA = "evenstage/profile-request/1"
 class ProfileRequest:
     """What to profile; `progress` is a file that the first copy keeps writing how far it is.
 
-    `meta`: without memory for the whole model, one layer at a time.
+    `meta`: without memory for the whole model, one layer at a time. `granularity` auto opens layers that `num_stages`
+    stages could not balance.
     """
 
     model: str
@@ -39,6 +40,8 @@ class ProfileRequest:
     progress: str
     meta: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    granularity: Granularity = "module"
+    num_stages: int = 1
 
 
 def profile_model(
@@ -52,6 +55,7 @@ def profile_model(
     num_rounds: int = 15,
     meta: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
+    granularity: Granularity = "module",
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Profile:
     """Profile `model` ("file.py" or "file.py:name") at the given sizes, as `num_workers` workers would run it.
@@ -64,7 +68,18 @@ def profile_model(
     with tempfile.TemporaryDirectory(prefix="evenstage-profile-") as folder:
         shown = str(Path(folder, "progress"))
         request = ProfileRequest(
-            model, seed, batch_size, microbatch_sizes, device, num_rounds, copies, shown, meta, precision
+            model,
+            seed,
+            batch_size,
+            microbatch_sizes,
+            device,
+            num_rounds,
+            copies,
+            shown,
+            meta,
+            precision,
+            granularity,
+            num_workers,
         )
         path, result = Path(folder, "request.json"), Path(folder, "profile.json")
         path.write_text(dump_json(request, REQUEST_SCHEMA), encoding="utf-8")
@@ -119,6 +134,7 @@ def reusable(
     seed: int,
     meta: bool = False,
     precision: str = "fp32",
+    granularity: Granularity = "module",
 ) -> str:
     """Why `profile` cannot stand for a new one of `model`; empty where it can. Traces the model once."""
     from planner.machine.device import choose_device, describe_machine
@@ -134,6 +150,8 @@ def reusable(
         return "it was made without --meta"
     if profile.precision != precision:
         return f"it was made in {profile.precision}"
+    if profile.granularity != granularity:
+        return f"it was made with --granularity {profile.granularity}"
     if profile.batch_size != batch_size:
         return f"it was made for batches of {profile.batch_size}"
     missing = set(sizes) - {size.microbatch_size for size in profile.sizes}

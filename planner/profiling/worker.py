@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
     from planner.files.profile_file import LayerMemory, LayerProfile, SizeProfile, TiedProfile
     from planner.machine.device import Device
+    from planner.profiling.opening import Opening
     from planner.profiling.optimizer_memory import OptimizerMemory
     from planner.profiling.profiler import ProfileRequest
     from planner.profiling.timing import LayerSamples, Microbatch
     from planner.tracing.exporting import Trace
     from planner.tracing.loading import ModelSource
     from planner.tracing.pieces import Pieces
+    from planner.tracing.sizes import ExportCount, SizeExports
 
 MICROBATCHES_PER_ROUND = 3
 OPTIMIZER_ROUNDS = 5
@@ -36,6 +38,7 @@ def main() -> None:
 
     from planner.files.reading import decode
     from planner.machine.device import choose_device, describe_machine
+    from planner.profiling.opening import Opening
     from planner.profiling.profiler import REQUEST_SCHEMA, ProfileRequest
     from planner.tracing.loading import load_source
 
@@ -48,13 +51,29 @@ def main() -> None:
     if device.clock == "thread-cpu":
         torch.set_num_threads(1)
     source = load_source(request.model)
-    sizes = tuple(_profile_size(request, source, device, size) for size in request.microbatch_sizes)
+    exports, opening = _exports(request, source, device), Opening(request.granularity, request.num_stages)
+    sizes = tuple(_profile_size(request, source, device, exports, opening, n) for n in request.microbatch_sizes)
     if dist.get_rank() == 0:
-        _write(request, source, sizes, describe_machine(device), time.perf_counter() - started)
+        _write(request, source, sizes, describe_machine(device), time.perf_counter() - started, exports.count)
 
 
-def _write(request: ProfileRequest, source: ModelSource, sizes: Any, machine: Any, seconds: float) -> None:
-    from planner.files.profile_file import Profile
+def _exports(request: ProfileRequest, source: ModelSource, device: Device) -> SizeExports:
+    """The model's graphs at every size, from one export where that is possible."""
+    from planner.tracing.deferred_model import build_either
+    from planner.tracing.loading import as_call, make_batch, rows
+    from planner.tracing.sizes import SizeExports
+
+    model, deferred = build_either(source, request.seed, meta=request.meta)
+    inputs = make_batch(source, request.seed, 0, request.batch_size)[0]
+    if deferred is None:
+        model, inputs = model.to(device.torch_device), _to(inputs, device)
+    return SizeExports(model, lambda size: as_call(rows(inputs, 0, size)), request.microbatch_sizes)
+
+
+def _write(
+    request: ProfileRequest, source: ModelSource, sizes: Any, machine: Any, seconds: float, count: ExportCount
+) -> None:
+    from planner.files.profile_file import Profile, Tracing
     from planner.tracing.training_digest import training_digest
 
     traced, layers = sizes[0][0], sizes[0][1].layers
@@ -69,6 +88,8 @@ def _write(request: ProfileRequest, source: ModelSource, sizes: Any, machine: An
         sizes=tuple(size for _, size in sizes),
         why_not_plain=traced.why_not_plain,
         training=training_digest(source, traced.graph_module),
+        tracing=Tracing(count.exports, count.seconds),
+        granularity=request.granularity,
     ).save(Path(sys.argv[2]))
 
 
@@ -95,8 +116,29 @@ def _describe_model(request: ProfileRequest, source: ModelSource, layers: tuple[
     )
 
 
-def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, size: int) -> tuple[Trace, SizeProfile]:
+def _profile_size(
+    request: ProfileRequest, source: ModelSource, device: Device, exports: SizeExports, opening: Opening, size: int
+) -> tuple[Trace, SizeProfile]:
     """Trace and time the model at one microbatch size."""
+    from planner.tracing.deferred_model import build_either
+    from planner.tracing.exporting import read_trace
+
+    model, deferred = build_either(source, request.seed, meta=request.meta)
+    if deferred is None:
+        model = model.to(device.torch_device)
+    autocast_on = device.torch_device if request.precision == "bf16" else None
+    trace = opening.before_timing(read_trace(exports.graph(size, model), model, autocast_on=autocast_on))
+    profile = _time_trace(request, source, device, trace, size, meta=deferred is not None)
+    opened = opening.after_timing(trace, [layer.forward_ms + layer.backward_ms for layer in profile.layers])
+    if opened is not None:
+        trace, profile = opened, _time_trace(request, source, device, opened, size, meta=deferred is not None)
+    return trace, profile
+
+
+def _time_trace(
+    request: ProfileRequest, source: ModelSource, device: Device, trace: Trace, size: int, *, meta: bool
+) -> SizeProfile:
+    """Time the layers of a trace; `meta`: one at a time, for the model does not fit."""
     import torch.distributed as dist
 
     from planner.errors import PlannerError, ProfileError, user_frames
@@ -105,28 +147,20 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
     from planner.profiling.optimizer_memory import track_optimizer, track_optimizer_by_sample
     from planner.profiling.piecewise import time_pieces
     from planner.profiling.timing import time_layers, time_optimizer
-    from planner.tracing.deferred_model import build_either
-    from planner.tracing.exporting import trace_model
-    from planner.tracing.loading import as_call, make_batch, rows
+    from planner.tracing.loading import make_batch
     from planner.tracing.pieces import build_pieces
     from planner.tracing.rewriting import set_device
     from planner.tracing.user_functions import written_in_place
 
-    model, deferred = build_either(source, request.seed, meta=request.meta)
-    batch = make_batch(source, request.seed, 0, request.batch_size)
-    if deferred is None:
-        model, batch = model.to(device.torch_device), _to(batch, device)
-    autocast_on = device.torch_device if request.precision == "bf16" else None
-    trace = trace_model(model, *as_call(rows(batch[0], 0, size)), autocast_on=autocast_on)
-    if deferred is not None:
+    batch = _to(make_batch(source, request.seed, 0, request.batch_size), device)
+    if meta:
         set_device(trace.graph_module, device.torch_device)
-        batch = _to(batch, device)
     pieces = build_pieces(trace)
     groups, tied = _optimizer_groups(trace, pieces)
     microbatches = _microbatches(batch, size, request.batch_size)
     meet = _Meeting(request, size)
     try:
-        if deferred is None:
+        if not meta:
             samples = time_layers(pieces, microbatches, source.loss_fn, device, request.num_rounds, meet)
             optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
             step = track_step(pieces, microbatches, source.loss_fn, device)
@@ -152,7 +186,7 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
     dist.barrier()
     count = len(trace.layers)
     memory = layer_memory(pieces, step, optimizer[:count], tied)
-    return trace, SizeProfile(
+    return SizeProfile(
         microbatch_size=size,
         fingerprint=trace.fingerprint,
         layers=_layer_profiles(trace, pieces, samples, optimizer_ms[:count], memory),

@@ -7,7 +7,7 @@ from math import hypot
 from pathlib import PurePath
 
 from planner.files.plan_file import Baseline, Plan, Stage
-from planner.files.profile_file import Profile
+from planner.files.profile_file import Profile, Tracing
 from planner.rendering.links_text import links_line
 from planner.rendering.table import TableColumn, table_lines
 from planner.rendering.wording import (
@@ -109,7 +109,8 @@ def _profiling(plan: Plan, profile: Profile | None) -> list[str]:
         return []
     shares = [hypot(s.forward_spread_ms, s.backward_spread_ms) / s.load_ms for s in plan.stages if s.load_ms > 0]
     spread = f", spread {format_percent(max(shares))}" if shares else ""
-    return [f"profiled in {profile.seconds:.1f} s ({profile.num_rounds} rounds{spread})"]
+    traced = [] if profile.tracing is None else [tracing_text(profile.tracing)]
+    return [f"profiled in {profile.seconds:.1f} s ({profile.num_rounds} rounds{spread})", *traced]
 
 
 def _stage_table(plan: Plan, width: int) -> list[str]:
@@ -203,3 +204,9 @@ def _to_copy(plan: Plan, width: int) -> list[str]:
     if plan.tied:
         lines.append("  plan.sum_tied_gradients(stage) after schedule.step(): parameters are tied across stages")
     return lines
+
+
+def tracing_text(tracing: Tracing) -> str:
+    """What tracing took, e.g. "traced in 4.2 s (1 export)"."""
+    exports = "1 export" if tracing.num_exports == 1 else f"{tracing.num_exports} exports"
+    return f"traced in {tracing.seconds:.1f} s ({exports})"

@@ -7,8 +7,9 @@ the piece of the graph between two neighbouring legal positions, named after the
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,9 +89,14 @@ def export_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         module = _export(model, args, kwargs)
     if changes:
         refuse_counters(model, module, changes, lambda: _export(model, args, kwargs))
+    check_export(module, model, args, kwargs)
+    return module
+
+
+def check_export(module: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise TraceError where the exported `module` would be wrong in a pipeline."""
     refuse_outputs(module, model)
     refuse_shared_inputs(module, args, kwargs)
-    return module
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -158,6 +164,30 @@ def read_trace(gm: fx.GraphModule, model: nn.Module, *, autocast_on: torch.devic
     return trace
 
 
+def open_layers(trace: Trace, ids: Container[str] | None = None) -> Trace:
+    """`trace` with a layer for every operation inside the layers `ids` (None: all) before which a cut is legal.
+
+    The operation n after the first of layer `a` begins a layer `a+n`, named after its innermost module and itself.
+
+    >>> trace = trace_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), (torch.ones(2, 4),), {})
+    >>> [layer.id for layer in open_layers(trace).layers]
+    ['0', '1']
+    """
+    gm = trace.graph_module
+    nodes = compute_nodes(gm.graph)
+    values = _live_values(gm.graph, nodes)
+    illegal = _illegal_positions(gm.graph, nodes, values)
+    starts: dict[int, _Begin] = {}
+    for layer in trace.layers:
+        starts[layer.start] = _Begin(layer.id, layer.name, layer.type, layer.plain_cut)
+        if ids is None or layer.id in ids:
+            for position in range(layer.start + 1, layer.stop):
+                if position not in illegal:
+                    starts[position] = _operation(nodes[position], f"{layer.id}+{position - layer.start}")
+    layers = _layers(nodes, starts, set(), never_plain=False)
+    return replace(trace, layers=layers, tensors=_tensors(gm, values, layers))
+
+
 @dataclass(frozen=True, slots=True)
 class _Begin:
     """What begins at a position: the outermost module call, and whether stock torch can split there."""
@@ -194,6 +224,12 @@ def _type_name(kind: Any) -> str:
 
 def _name_at(nodes: list[fx.Node], index: int) -> _Begin:
     return _Begin("(start)", "", _type_name(next(iter(_stack(nodes[index])), ("", ("", "Module")))[1][1]), False)
+
+
+def _operation(node: fx.Node, identity: str) -> _Begin:
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    module = next((path for _, (path, _) in reversed(_stack(node)) if path), "")
+    return _Begin(identity, f"{module}/{name}" if module else name, name, False)
 
 
 def _layers(

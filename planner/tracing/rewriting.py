@@ -73,6 +73,7 @@ def prepare(gm: fx.GraphModule, names: dict[str, str]) -> bool:
     inlined = _inline_no_grad(gm)
     restore_functions(gm)
     _refuse_higher_order(gm)
+    _drop_whole_views(gm.graph)
     seen: dict[str, fx.Node] = {}
     for node in list(gm.graph.nodes):
         if node.op == "get_attr":
@@ -99,6 +100,25 @@ def _drop_cut_marks(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten_pipe_split_alias:
             graph.erase_node(node)
+
+
+def _drop_whole_views(graph: fx.Graph) -> None:
+    """Forget views of a whole tensor (`x[:]`, an alias): whether torch records one depends on how it was traced."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and isinstance(node.args[0] if node.args else None, fx.Node) and _is_whole(node):
+            node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+            graph.erase_node(node)
+
+
+def _is_whole(node: fx.Node) -> bool:
+    if node.target is not ATEN.slice.Tensor:
+        return node.target is ATEN.alias.default
+    given: tuple[Any, ...] = node.args
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    value, dimension, start, stop, step = given + defaults[len(given) - 1 :]
+    length = value.meta["val"].shape[dimension]
+    known = all(isinstance(size, int) for size in (length, stop))
+    return not start and step == 1 and (stop is None or (known and int(length) <= int(stop)))
 
 
 def _inline_no_grad(gm: fx.GraphModule) -> bool:

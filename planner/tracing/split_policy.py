@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from planner.errors import TraceError
-from planner.tracing.exporting import Trace, read_trace
+from planner.tracing.exporting import Trace, open_layers, read_trace
 from planner.tracing.functions import refuse_module_hooks, start_keeping, stop_keeping
 from planner.tracing.gradients import attribute
 from planner.tracing.rewriting import apply_cuts, canonical_names
@@ -42,6 +42,8 @@ class SplitPolicy:
             stop_keeping()
         show_first_names_to_pipeline(self.model)
         self.trace = read_trace(gm, self.model, autocast_on=self._autocast_on())
+        if self.plan.model.granularity == "operation":
+            self.trace = open_layers(self.trace)
         expected, got = self.plan.model.fingerprint, self.trace.fingerprint
         if got != expected:
             raise TraceError(
