@@ -101,12 +101,11 @@ class LayerDag:
         return memory_in_order(memory, position, self.descendants)
 
 
-def layer_dag(graph: nx.DiGraph, linked: bool = False) -> LayerDag:
-    """The partial order of `graph`, whose nodes stand in a topological order (see `layer_graph.in_program_order`).
+def layer_dag(graph: nx.DiGraph, dependencies: Sequence[tuple[int, int]] | None = None) -> LayerDag:
+    """The partial order of `graph`, whose nodes stand in a topological order.
 
-    A tensor's readers come behind its producer, and so does each node that an edge says. With `linked`, the graph is
-    that of a traced model: its inputs enter with the first layer and its outputs leave with the last one, which keep
-    their places.
+    A tensor's readers come behind its producer, and so does each node that an edge says. `dependencies` are more pairs
+    of nodes, by index, that keep their sequence: those of a traced model, where something must cross every cut.
     """
     chain = chain_of(graph)
     index = {node: i for i, node in enumerate(graph.nodes)}
@@ -115,16 +114,13 @@ def layer_dag(graph: nx.DiGraph, linked: bool = False) -> LayerDag:
     for producer, *readers in tensors:
         for reader in readers:
             before[reader].add(producer)
-    if linked:
-        for v in range(1, len(before)):
-            before[v].add(0)
-            if v < len(before) - 1:
-                before[-1].add(v)
+    for earlier, later in dependencies or ():
+        before[later].add(earlier)
     return LayerDag(
         chain=chain,
         readers=tuple(tuple(readers) for _, *readers in tensors),
         predecessors=tuple(tuple(sorted(each - {v})) for v, each in enumerate(before)),
-        linked=linked,
+        linked=dependencies is not None,
     )
 
 

@@ -108,6 +108,7 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
     from planner.tracing.deferred_model import build_either
     from planner.tracing.exporting import trace_model
     from planner.tracing.loading import as_call, make_batch, rows
+    from planner.tracing.ordering import layer_dependencies
     from planner.tracing.pieces import build_pieces
     from planner.tracing.rewriting import set_device
     from planner.tracing.user_functions import written_in_place
@@ -165,6 +166,7 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
             target_bytes=_tensor_bytes(microbatches[0].targets),
             temporaries_add=temporaries_add,
         ),
+        dependencies=layer_dependencies(trace),
     )
 
 
