@@ -45,6 +45,7 @@ def plan_bottleneck(
     """
     from planner.partitioning.baselines import baselines
     from planner.partitioning.branching import solve_graph, stage_loads
+    from planner.partitioning.coarsening import coarsen
     from planner.partitioning.layer_graph import chain_of, graph_from_json
 
     graph = graph_from_json(path)
@@ -55,8 +56,9 @@ def plan_bottleneck(
     record = SolverRecord(found.solver_name, found.seconds, found.num_nodes)
     solved = _Solved(found.stages, found.objective_ms, found.lower_bound_ms, found.status, record)
     ordered = in_program_order(graph)
-    others = {}
-    for name, cuts in baselines(chain_of(ordered), num_stages).items():
+    others, coarse = {}, coarsen(chain_of(ordered))
+    for name, found_cuts in baselines(coarse.chain, num_stages).items():
+        cuts = coarse.full(found_cuts)
         largest = max(stage_loads(graph, _pieces(list(ordered.nodes), cuts), transfers))
         others[name] = Baseline(None, largest, None, tuple(str(list(ordered.nodes)[cut]) for cut in cuts))
     return _assemble(path, graph, solved, _load_stages(graph, found.stages, loads), others)
@@ -73,10 +75,13 @@ def plan_schedule(
     """Minimise the step of `schedule` over stages of the graph in `path` that are closed under predecessors.
 
     `cut_at` scores given cuts of the program's order. `optimal` is said where the bound for all orders of the layers is
-    met, else the plan is `feasible`. Without a better order the nodes stay in the program's.
+    met, else the plan is `feasible`. Without a better order the nodes stay in the program's. So they do with more than
+    2,000 layers, which are merged first.
     """
     from planner.partitioning.baselines import baselines
+    from planner.partitioning.chain import solve_chain
     from planner.partitioning.chain_costs import step_ms
+    from planner.partitioning.coarsening import coarsen
     from planner.partitioning.layer_dag import layer_dag
     from planner.partitioning.layer_graph import graph_from_json
     from planner.partitioning.orders import Problem, any_order_bound_ms, solve_in_any_order
@@ -84,26 +89,33 @@ def plan_schedule(
     if schedule == "1f1b" and num_microbatches < num_stages:
         raise too_few_microbatches(num_microbatches, num_stages)
     started = time.perf_counter()
+    status: Status
     graph = graph_from_json(path)
     ordered = in_program_order(graph)
     dag, nodes = layer_dag(ordered), list(ordered.nodes)
-    program, program_nodes = dag.chain, nodes
-    if cut_at is None:
+    chain = program = dag.chain
+    program_nodes, coarse = nodes, coarsen(program)
+    bound = any_order_bound_ms(program, num_stages, num_microbatches, schedule)
+    if cut_at is not None:
+        cuts, status = _given_cuts(nodes, cut_at, num_stages), "scored"
+        record = SolverRecord("given", time.perf_counter() - started, 0)
+    elif coarse.chain is not program:
+        found = solve_chain(coarse.chain, num_stages, num_microbatches, schedule=schedule)
+        cuts = coarse.full(found.cuts)
+        status = "optimal" if bound >= found.step_ms * (1 - 1e-9) else "feasible"
+        record = SolverRecord(found.solver_name, found.seconds, found.num_nodes)
+    else:
         best = solve_in_any_order(Problem(dag, num_stages, num_microbatches, schedule))
         chain, found = best.chain, best.solution
         nodes = nodes if best.order is None else [nodes[v] for v in best.order]
-        status: Status = found.status
-        cuts, bound = found.cuts, found.lower_bound_ms
+        cuts, bound, status = found.cuts, found.lower_bound_ms, found.status
         record = SolverRecord(found.solver_name, found.seconds, found.num_nodes)
-    else:
-        chain, cuts, status = program, _given_cuts(nodes, cut_at, num_stages), "scored"
-        bound = any_order_bound_ms(chain, num_stages, num_microbatches, schedule)
-        record = SolverRecord("given", time.perf_counter() - started, 0)
     step = step_ms(chain, cuts, num_microbatches, schedule)
     stages = _pieces(nodes, cuts)
     solved = _Solved(stages, step, min(bound, step), status, record)
     others = {}
-    for name, other in baselines(program, num_stages).items():
+    for name, found_other in baselines(coarse.chain, num_stages).items():
+        other = coarse.full(found_other)
         other_step = step_ms(program, other, num_microbatches, schedule)
         others[name] = Baseline(other_step, other_step, None, tuple(str(program_nodes[cut]) for cut in other))
     drawn = _step_stages(chain, nodes, cuts, num_microbatches, schedule)

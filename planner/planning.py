@@ -444,6 +444,7 @@ def relative_to(path: str, folder: Path) -> str:
 def limit_line(plan: Plan, profile: Profile) -> str:
     """Which stage limits the step, and what the cheapest other cut would cost."""
     from planner.partitioning.chain import cheapest_move
+    from planner.partitioning.memory_limit import MemoryLimit
 
     chain = planned_chain(profile.size(plan.microbatch_size), plan)
     cuts = tuple(chain.ids.index(cut.before) for cut in plan.cuts)
@@ -451,7 +452,10 @@ def limit_line(plan: Plan, profile: Profile) -> str:
     line = f"limited by stage {limiting.index}"
     if not cuts:
         return line
-    move = cheapest_move(chain, cuts, plan.num_microbatches, plan.schedule or "gpipe")
+    limit = None
+    if plan.memory_limit_bytes is not None and chain.memory is not None:
+        limit = MemoryLimit(plan.memory_limit_bytes, profile.machine.reserved_bytes)
+    move = cheapest_move(chain, cuts, plan.num_microbatches, plan.schedule or "gpipe", limit)
     if move is None:
         return line
     layer, _, target, delta_ms = move

@@ -7,11 +7,13 @@ import time
 import networkx as nx
 import pytest
 
-from planner.partitioning.chain_costs import step_ms
+from planner.files.profile_file import GradientLifetime, LayerMemory, Lifetime, SizeMemory
+from planner.partitioning.chain_costs import ChainMemory, step_ms
 from planner.partitioning.closed_stages import best_closed_stages
 from planner.partitioning.ideals import closed_sets
 from planner.partitioning.layer_dag import layer_dag
 from planner.partitioning.layer_graph import chain_of
+from planner.partitioning.order_memory import memory_in_order
 from planner.partitioning.orders import Problem, any_order_bound_ms, candidate_orders, solve_in_any_order
 from tests.random_graphs import partitions
 
@@ -151,3 +153,28 @@ def test_the_bound_for_any_order_holds():
         for schedule in ("gpipe", "1f1b"):
             bound = any_order_bound_ms(chain_of(graph), 2, 3, schedule)
             assert bound <= least_step(graph, 2, 3, schedule) * (1 + 1e-9)
+
+
+def test_very_many_closed_sets_are_not_listed():
+    graph = nx.DiGraph(tensors=[], tied=[])
+    graph.add_nodes_from(range(300), forward_ms=1.0)
+    assert closed_sets(layer_dag(graph), time.perf_counter() + 60) is None
+
+
+def test_lifetimes_in_another_order_are_no_shorter_than_they_may_be():
+    """Layers 0 → (1, 2) → 3: what 0 makes is read by 1 and 2, saved until the backward of 1, the last that frees it."""
+    layers = tuple(LayerMemory(10, 0, 20, 30, 0, 0, 0, 0) for _ in range(4))
+    lives = (Lifetime(0, 2, "backward", 1, 8), Lifetime(0, 2, "forward", 2, 5), Lifetime(2, 3, "forward", 3, 3))
+    size = SizeMemory(lives, (GradientLifetime(2, 0, 7),), 0, 0, False)
+    graph = nx.DiGraph([(0, 1), (0, 2), (1, 3), (2, 3)])
+    dag = layer_dag(nx.DiGraph(graph, tensors=[], tied=[]))
+    moved = memory_in_order(ChainMemory(layers, size), {0: 0, 2: 1, 1: 2, 3: 3}, dag.descendants)
+    kept, passing, late = moved.size.lifetimes
+    assert (kept.made, kept.last_reader, kept.freed) == (0, 2, 1)  # position 1 is layer 2, which may have saved it too
+    assert (passing.made, passing.last_reader, passing.freed) == (0, 2, 2)
+    assert (late.made, late.last_reader, late.freed) == (1, 3, 3)
+    assert moved.size.gradients == (GradientLifetime(2, 0, 7),)
+    assert moved.layers[2].backward_peak_bytes == 28  # layer 1 no longer frees 8 bytes in its backward
+    assert moved.layers[1].forward_peak_bytes == 15  # nor layer 2 its 5 bytes in forward
+    same = memory_in_order(ChainMemory(layers, size), {v: v for v in range(4)}, dag.descendants)
+    assert same == ChainMemory(layers, size)

@@ -53,8 +53,8 @@ def closed_sets(dag: LayerDag, deadline: float) -> list[Ideal] | None:
                 if grown not in bigger:
                     found[grown] = steps.add(ideal, v)
                     bigger[grown] = steps.ready(ready, v, grown)
-        if len(found) > MAX_IDEALS or time.perf_counter() > deadline:
-            return None
+            if len(found) > MAX_IDEALS or time.perf_counter() > deadline:
+                return None
         level = bigger
     return list(found.values())
 
