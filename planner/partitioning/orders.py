@@ -78,12 +78,16 @@ def any_order_bound_ms(chain: Chain, num_stages: int, num_microbatches: int, sch
     """A lower bound on the step of any stages of these layers, in any order, without transfers.
 
     All work once, and m−1 times the largest layer or the average stage: forward and backward apart for GPipe, whose
-    phases are, together for 1F1B (where "all work once" is that of the stage and of those before it: left out).
+    phases are. Under 1F1B a stage's first backward follows all forwards of one microbatch and the backwards behind it;
+    m−1 backwards of its own and m−K forwards or more are then left to it, and the drain before it.
     """
+    count, m, forward = num_stages, num_microbatches, chain.forward_ms
     backward = [min(pair) for pair in zip(chain.backward_ms, chain.backward_first_ms, strict=True)]
     if schedule != "gpipe":
-        load = [f + b for f, b in zip(chain.forward_ms, backward, strict=True)]
-        return num_microbatches * max(max(load), sum(load) / num_stages)
+        load = [f + b for f, b in zip(forward, backward, strict=True)]
+        left = [(m - 1) * b + max(0, m - count) * f for f, b in zip(forward, chain.backward_ms, strict=True)]
+        path = sum(forward) + sum(backward) + max(max(left), sum(left) / count)
+        return max(m * max(max(load), sum(load) / count), path)
     slowest = sum(max(max(ms), sum(ms) / num_stages) for ms in (chain.forward_ms, chain.backward_ms))
     return sum(chain.forward_ms) + sum(backward) + (num_microbatches - 1) * slowest
 
