@@ -72,43 +72,52 @@ def plan_schedule(
     cut_at: Sequence[str] | None = None,
     schedule: Literal["gpipe", "1f1b"] = "gpipe",
 ) -> Plan:
-    """Minimise the step of `schedule` over cuts of the graph in `path` in program order; `cut_at` scores given cuts.
+    """Minimise the step of `schedule` over stages of the graph in `path` that are closed under predecessors.
 
-    `optimal` is said where the graph has one order only; otherwise other orders might do better, and the plan is
-    `feasible` with a bound that holds for all of them. So it is with more than 2,000 layers, which are merged first.
+    `cut_at` scores given cuts of the program's order. `optimal` is said where the bound for all orders of the layers is
+    met, else the plan is `feasible`. Without a better order the nodes stay in the program's. So they do with more than
+    2,000 layers, which are merged first.
     """
     from planner.partitioning.baselines import baselines
     from planner.partitioning.chain import solve_chain
     from planner.partitioning.chain_costs import step_ms
     from planner.partitioning.coarsening import coarsen
-    from planner.partitioning.layer_graph import chain_of, graph_from_json
+    from planner.partitioning.layer_dag import layer_dag
+    from planner.partitioning.layer_graph import graph_from_json
+    from planner.partitioning.orders import Problem, any_order_bound_ms, solve_in_any_order
 
     if schedule == "1f1b" and num_microbatches < num_stages:
         raise too_few_microbatches(num_microbatches, num_stages)
     started = time.perf_counter()
+    status: Status
     graph = graph_from_json(path)
     ordered = in_program_order(graph)
-    chain, nodes = chain_of(ordered), list(ordered.nodes)
-    bound, coarse = any_order_bound_ms(chain, num_stages, num_microbatches, schedule), coarsen(chain)
-    if cut_at is None:
-        found = solve_chain(coarse.chain, num_stages, num_microbatches, schedule=schedule)
-        whole = coarse.chain is chain
-        single = whole and all(graph.has_edge(a, b) for a, b in zip(nodes, nodes[1:], strict=False))
-        bound = found.lower_bound_ms if single else bound
-        proven = found.status == "optimal" and (single or bound >= found.step_ms * (1 - 1e-9))
-        status: Status = "optimal" if proven else "feasible"
-        cuts, record = coarse.full(found.cuts), SolverRecord(found.solver_name, found.seconds, found.num_nodes)
-    else:
+    dag, nodes = layer_dag(ordered), list(ordered.nodes)
+    chain = program = dag.chain
+    program_nodes, coarse = nodes, coarsen(program)
+    bound = any_order_bound_ms(program, num_stages, num_microbatches, schedule)
+    if cut_at is not None:
         cuts, status = _given_cuts(nodes, cut_at, num_stages), "scored"
         record = SolverRecord("given", time.perf_counter() - started, 0)
+    elif coarse.chain is not program:
+        found = solve_chain(coarse.chain, num_stages, num_microbatches, schedule=schedule)
+        cuts = coarse.full(found.cuts)
+        status = "optimal" if bound >= found.step_ms * (1 - 1e-9) else "feasible"
+        record = SolverRecord(found.solver_name, found.seconds, found.num_nodes)
+    else:
+        best = solve_in_any_order(Problem(dag, num_stages, num_microbatches, schedule))
+        chain, found = best.chain, best.solution
+        nodes = nodes if best.order is None else [nodes[v] for v in best.order]
+        cuts, bound, status = found.cuts, found.lower_bound_ms, found.status
+        record = SolverRecord(found.solver_name, found.seconds, found.num_nodes)
     step = step_ms(chain, cuts, num_microbatches, schedule)
     stages = _pieces(nodes, cuts)
     solved = _Solved(stages, step, min(bound, step), status, record)
     others = {}
     for name, found_other in baselines(coarse.chain, num_stages).items():
         other = coarse.full(found_other)
-        other_step = step_ms(chain, other, num_microbatches, schedule)
-        others[name] = Baseline(other_step, other_step, None, tuple(str(nodes[cut]) for cut in other))
+        other_step = step_ms(program, other, num_microbatches, schedule)
+        others[name] = Baseline(other_step, other_step, None, tuple(str(program_nodes[cut]) for cut in other))
     drawn = _step_stages(chain, nodes, cuts, num_microbatches, schedule)
     return _assemble(path, graph, solved, drawn, others, num_microbatches, schedule)
 
@@ -125,20 +134,6 @@ def in_program_order(graph: nx.DiGraph) -> nx.DiGraph:
         ordered.add_node(node, **graph.nodes[node])
     ordered.add_edges_from(graph.edges)
     return ordered
-
-
-def any_order_bound_ms(chain: Chain, num_stages: int, num_microbatches: int, schedule: str = "gpipe") -> float:
-    """A lower bound on the step of any stages of these layers, in any order, without transfers.
-
-    All work once, and m−1 times the largest layer or the average stage: forward and backward apart for GPipe, whose
-    phases are, together for 1F1B (where "all work once" is that of the stage and of those before it: left out).
-    """
-    backward = [min(pair) for pair in zip(chain.backward_ms, chain.backward_first_ms, strict=True)]
-    if schedule != "gpipe":
-        load = [f + b for f, b in zip(chain.forward_ms, backward, strict=True)]
-        return num_microbatches * max(max(load), sum(load) / num_stages)
-    slowest = sum(max(max(ms), sum(ms) / num_stages) for ms in (chain.forward_ms, chain.backward_ms))
-    return sum(chain.forward_ms) + sum(backward) + (num_microbatches - 1) * slowest
 
 
 def _given_cuts(nodes: Sequence[Any], cut_at: Sequence[str], num_stages: int) -> tuple[int, ...]:

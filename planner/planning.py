@@ -19,7 +19,6 @@ from planner.files.plan_file import (
     PlannedModel,
     SolverRecord,
     Stage,
-    TiedParameter,
     charged,
     tied_over,
 )
@@ -199,16 +198,19 @@ class _Candidate:
     size: SizeProfile
     chain: Chain
     solution: ChainSolution
+    program: Chain
+    order: tuple[int, ...] | None = None
 
 
 def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...] | None = None) -> Plan:
     """Solve every microbatch count that was profiled, and assemble the best plan. Needs no hardware.
 
-    Counts at which no cut fits into the memory are left out. The cuts `keep` (indices of layers) stay unless others
-    save at least 0.1 % of the step. Raises InfeasibleError where nothing fits.
+    Counts at which no cut fits into the memory are left out. Layers change places where that makes the step shorter and
+    the profile says which may. The cuts `keep` (indices of layers) stay unless others save at least 0.1 % of the step.
+    Raises InfeasibleError where nothing fits.
     """
     from planner.memory_advice import explain_infeasible
-    from planner.partitioning.chain import best_plain_within, solve_chain
+    from planner.partitioning.chain import best_plain_within
     from planner.partitioning.memory_limit import TooLittleMemoryError
 
     if request.precision not in (None, profile.precision):
@@ -220,16 +222,12 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
     batch_size = profile.batch_size if request.batch_size is None else request.batch_size
     limit = memory_limit(profile, request)
     candidates, refused = [], []
-    for count in profiled_counts(profile, batch_size, request):
-        size, chain = profile.size(batch_size // count), chain_at(profile, batch_size // count, request)
+    counts = profiled_counts(profile, batch_size, request)
+    for count in counts:
         try:
-            solution = solve_chain(
-                chain, request.gpus, count, plain=request.plain, schedule=request.schedule, memory=limit
-            )
+            candidates.append(_solve(profile.size(batch_size // count), request, count, limit, len(counts)))
         except TooLittleMemoryError as error:
             refused.append(error)
-            continue
-        candidates.append(_Candidate(count, size, chain, solution))
     if not candidates:
         raise explain_infeasible(
             refused,
@@ -241,12 +239,31 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
         )
     best = min(candidates, key=lambda candidate: candidate.solution.step_ms)
     plain = best_plain_within(
-        best.chain, request.gpus, best.num_microbatches, best.solution.step_ms, request.schedule, limit
+        best.program, request.gpus, best.num_microbatches, best.solution.step_ms, request.schedule, limit
     )
-    cuts = best.solution.cuts if plain is None else plain
-    if keep is not None and _as_good(best, keep, request):
-        cuts = keep
-    return _assemble(profile, request, best, cuts, candidates)
+    in_program_order = keep if keep is not None and _as_good(best, keep, request) else plain
+    if in_program_order is None:
+        return _assemble(profile, request, best, best.solution.cuts, candidates)
+    return _assemble(profile, request, replace(best, chain=best.program, order=None), in_program_order, candidates)
+
+
+def _solve(
+    size: SizeProfile, request: PlanRequest, count: int, limit: MemoryLimit | None, num_searches: int
+) -> _Candidate:
+    """The best cut at one microbatch count, of the layers in the best order; one of `num_searches`."""
+    from planner.partitioning.chain import solve_chain
+    from planner.partitioning.layer_dag import layer_dag
+    from planner.partitioning.layer_graph import build_layer_graph, chain_of
+    from planner.partitioning.orders import SEARCH_S, Problem, solve_in_any_order
+
+    graph = build_layer_graph(size, request.link_cost())
+    if request.plain or size.dependencies is None:
+        chain = chain_of(graph)
+        solution = solve_chain(chain, request.gpus, count, plain=request.plain, schedule=request.schedule, memory=limit)
+        return _Candidate(count, size, chain, solution, chain)
+    problem = Problem(layer_dag(graph, size.dependencies), request.gpus, count, request.schedule, limit)
+    found = solve_in_any_order(problem, search_s=SEARCH_S / num_searches)
+    return _Candidate(count, size, found.chain, found.solution, problem.dag.chain, found.order)
 
 
 def _works(profile: Profile, request: PlanRequest, changes: dict[str, Any]) -> bool:
@@ -299,8 +316,8 @@ def memory_limit(profile: Profile, request: PlanRequest) -> MemoryLimit | None:
 def _as_good(best: _Candidate, cuts: tuple[int, ...], request: PlanRequest) -> bool:
     from planner.partitioning.chain_costs import is_plain, step_ms
 
-    step = step_ms(best.chain, cuts, best.num_microbatches, request.schedule)
-    allowed = not request.plain or is_plain(best.chain, cuts)
+    step = step_ms(best.program, cuts, best.num_microbatches, request.schedule)
+    allowed = not request.plain or is_plain(best.program, cuts)
     return allowed and step <= best.solution.step_ms * (1 + WORTH_A_CHANGE)
 
 
@@ -352,18 +369,18 @@ def _assemble(
         data_parallel=1,
         step_ms=step,
         plain_chain=plain,
-        why_not=None if plain else _why_not_plain(profile, chain, cuts),
+        why_not=None if plain else _why_not_plain(profile, best, cuts),
         split_specification={chain.names[cut]: "beginning" for cut in cuts} if plain else None,
-        order=None,
+        order=None if best.order is None else chain.ids,
         recompute=(),
         cuts=_cuts(chain, cuts),
         stages=_stages(chain, cuts, count, request.schedule, profile.machine.reserved_bytes),
-        baselines=_baselines(chain, request, count, memory_limit(profile, request)),
+        baselines=_baselines(best.program, request, count, memory_limit(profile, request)),
         microbatch_curve=tuple(
             CurvePoint(c.num_microbatches, c.size.microbatch_size, c.solution.step_ms, c.solution.status)
             for c in candidates
         ),
-        tied=tied_parameters(best.size, cuts),
+        tied=tied_over(cuts, {tied.name: tied.layers for tied in chain.tied if tied.trainable}),
         bandwidth_bytes_per_s=request.bandwidth_bytes_per_s,
         links=request.links,
         machine=profile.machine,
@@ -384,7 +401,10 @@ def _cuts(chain: Chain, cuts: tuple[int, ...]) -> tuple[Cut, ...]:
     return tuple(found)
 
 
-def _why_not_plain(profile: Profile, chain: Chain, cuts: tuple[int, ...]) -> str:
+def _why_not_plain(profile: Profile, best: _Candidate, cuts: tuple[int, ...]) -> str:
+    chain = best.chain
+    if best.order is not None:
+        return "its layers are cut in an order of their own, and split_spec cuts in program order"
     if profile.why_not_plain:
         return profile.why_not_plain
     for tied in chain.tied:
@@ -469,9 +489,14 @@ def _baselines(chain: Chain, request: PlanRequest, count: int, limit: MemoryLimi
     return found
 
 
-def tied_parameters(size: SizeProfile, cuts: tuple[int, ...]) -> tuple[TiedParameter, ...]:
-    """The trainable parameters that lie in more than one stage."""
-    return tied_over(cuts, {tied.name: tied.layers for tied in size.tied if tied.trainable})
+def planned_chain(size: SizeProfile, plan: Plan) -> Chain:
+    """The layers of `size` as `plan` cuts them, in its order."""
+    from planner.partitioning.layer_dag import layer_dag
+    from planner.partitioning.layer_graph import build_layer_graph
+
+    dag = layer_dag(build_layer_graph(size, plan.link_cost()), size.dependencies)
+    order = dag.chain.ids if plan.order is None else plan.order
+    return dag.in_order([dag.chain.ids.index(str(name)) for name in order])
 
 
 def relative_to(path: str, folder: Path) -> str:
@@ -482,10 +507,9 @@ def relative_to(path: str, folder: Path) -> str:
 def limit_line(plan: Plan, profile: Profile) -> str:
     """Which stage limits the step, and what the cheapest other cut would cost."""
     from planner.partitioning.chain import cheapest_move
-    from planner.partitioning.layer_graph import build_layer_graph, chain_of
     from planner.partitioning.memory_limit import MemoryLimit
 
-    chain = chain_of(build_layer_graph(profile.size(plan.microbatch_size), plan.link_cost()))
+    chain = planned_chain(profile.size(plan.microbatch_size), plan)
     cuts = tuple(chain.ids.index(cut.before) for cut in plan.cuts)
     limiting = max(plan.stages, key=lambda stage: stage.load_ms)
     line = f"limited by stage {limiting.index}"

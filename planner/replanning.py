@@ -56,7 +56,7 @@ def replan(profile: Profile, measurements: Sequence[Measurement], request: PlanR
 
     tried = [run.cuts for run in runs if len(run.stages) == request.gpus]
     plan = plan_profile(corrected, request, keep=min(tried, key=step, default=None))
-    cuts = _cuts(chain, plan)
+    cuts = _cuts(chain, plan) if plan.order is None else None
     return Replanned(
         plan=plan,
         profile=corrected,
@@ -77,6 +77,12 @@ def _run(size: SizeProfile, measurement: Measurement) -> MeasuredRun:
             f"{what} with fingerprint {measurement.plan} at microbatches of {measurement.microbatch_size}",
             f"the profile holds {size.fingerprint} at {size.microbatch_size}",
             "give the profile that the plan was made from, and measurements of one size",
+        )
+    if measurement.order is not None:
+        raise FileError(
+            f"{what} whose stages are not in program order",
+            "only runs of stages in program order correct a profile",
+            "profile again, or measure a plan that keeps the program's order (plan --plain)",
         )
     order = {layer.id: index for index, layer in enumerate(size.layers)}
     if len(measurement.cuts) != len(measurement.stages) - 1 or any(cut not in order for cut in measurement.cuts):

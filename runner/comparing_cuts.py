@@ -41,6 +41,12 @@ def other_plan(plan: Plan, against: str) -> Plan:
     if baseline is None or tuple(cut.before for cut in plan.cuts) == baseline.cuts:
         reason = "has no such baseline" if baseline is None else "has exactly these cuts"
         raise UsageError(f"--against: the plan {reason} ({against})", "two different cuts are compared", "leave it out")
+    if plan.order is not None:
+        raise UsageError(
+            f"--against {against}: the plan cuts its layers in an order of their own",
+            "a baseline cuts in program order, and only cuts of one order are compared in turn",
+            "leave --against out, or plan with --plain",
+        )
     nodes = [node for stage in plan.stages for node in stage.nodes]
     names = [name for stage in plan.stages for name in stage.names]
     if any(cut not in nodes for cut in baseline.cuts) or len(baseline.cuts) != len(plan.cuts):

@@ -92,6 +92,7 @@ def build_measurement(
         reference_loss_name=reference[1] if reference else "",
         rehearsed=rehearsed,
         cuts=tuple(cut.before for cut in plan.cuts),
+        order=None if plan.order is None else tuple(map(str, plan.order)),
     )
 
 

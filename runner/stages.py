@@ -160,7 +160,7 @@ def build_stages(
             stage=stage,
             out_spec=None if stock or trace is None else trace.out_spec,
             output_leaves=policy.leaves,
-            tied=() if trace is None else tied_over_cuts(trace, [cut.before for cut in plan.cuts]),
+            tied=() if trace is None else tied_over_cuts(trace, [cut.before for cut in plan.cuts], plan.order),
             state_names=tuple(state),
             aliases=names,
             untouched_state={name: first.value(name, tensor) for name, tensor in untouched.items()},

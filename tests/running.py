@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,17 +19,25 @@ from planner.tracing.split_policy import tied_over_cuts
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def plan_at(model: Path, cuts: list[str] | int, num_microbatches: int = 4, batch_size: int = 8, seed: int = 0) -> Plan:
+def plan_at(
+    model: Path,
+    cuts: list[str] | int,
+    num_microbatches: int = 4,
+    batch_size: int = 8,
+    seed: int = 0,
+    order: Sequence[str] | None = None,
+) -> Plan:
     """A plan of `model` with the given cuts (or that many stages, cut evenly), its costs made up.
 
-    It is of the precision that the model file states.
+    It is of the precision that the model file states. `order` are the ids of all layers where they are not cut in
+    program order.
     """
     source = load_source(str(model))
     size = batch_size // num_microbatches
     inputs, _ = make_batch(source, seed, 0, batch_size)
     autocast_on = torch.device("cpu") if source.precision == "bf16" else None
     trace = trace_model(build(source, seed), *as_call(rows(inputs, 0, size)), autocast_on=autocast_on)
-    ids = [layer.id for layer in trace.layers]
+    ids = [layer.id for layer in trace.layers] if order is None else list(order)
     if isinstance(cuts, int):
         cuts = [ids[len(ids) * k // cuts] for k in range(1, cuts)]
     bounds = [0, *(ids.index(cut) for cut in cuts), len(ids)]
@@ -36,7 +45,8 @@ def plan_at(model: Path, cuts: list[str] | int, num_microbatches: int = 4, batch
         Stage(k, k, tuple(ids[a:b]), tuple(ids[a:b]), 1.0, 0.1, 2.0, 0.1, 2.0, 0.1, 3.0, 1.0, 0.5, 0)
         for k, (a, b) in enumerate(itertools.pairwise(bounds))
     )
-    plain = not trace.why_not_plain and all(trace.layers[index].plain_cut for index in bounds[1:-1])
+    plain = order is None and not trace.why_not_plain
+    plain = plain and all(trace.layers[index].plain_cut for index in bounds[1:-1])
     return Plan(
         model=PlannedModel(str(model), trace.fingerprint, model.stem),
         status="scored",
@@ -53,13 +63,13 @@ def plan_at(model: Path, cuts: list[str] | int, num_microbatches: int = 4, batch
         plain_chain=plain,
         why_not=None if plain else trace.why_not_plain or "not plain",
         split_specification=dict.fromkeys(cuts, "beginning") if plain else None,
-        order=None,
+        order=None if order is None else tuple(order),
         recompute=(),
         cuts=tuple(Cut(cut, (), 0) for cut in cuts),
         stages=stages,
         baselines={},
         microbatch_curve=(),
-        tied=tied_over_cuts(trace, cuts),
+        tied=tied_over_cuts(trace, cuts, order),
         bandwidth_bytes_per_s=None,
         machine=None,
     )

@@ -7,10 +7,11 @@ import networkx as nx
 import pytest
 
 from planner.files.plan_file import Plan
-from planner.graph_planning import any_order_bound_ms, in_program_order, plan_bottleneck, plan_schedule
+from planner.graph_planning import in_program_order, plan_bottleneck, plan_schedule
 from planner.partitioning.branching import stage_loads
 from planner.partitioning.chain_costs import step_ms
 from planner.partitioning.layer_graph import chain_of, graph_from_json, graph_to_json
+from planner.partitioning.orders import any_order_bound_ms
 from tests.running import command
 
 

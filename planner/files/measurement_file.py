@@ -95,8 +95,8 @@ class SpeedUp:
 class Measurement:
     """Everything that a run measured. `clock` says how stage times, `step_clock` how the step was taken.
 
-    `cuts` are the layers that stages 1, 2, … began with. `rehearsed`: the stages ran one after the other on one
-    device; `wall_step_ms` is then the sum over the stages.
+    `cuts` are the layers that stages 1, 2, … began with, `order` all layers where they were not in program order.
+    `rehearsed`: the stages ran one after the other on one device; `wall_step_ms` is then the sum over the stages.
     """
 
     plan: str
@@ -119,6 +119,7 @@ class Measurement:
     reference_loss_name: str = ""
     rehearsed: bool = False
     cuts: tuple[str, ...] = ()
+    order: tuple[str, ...] | None = None
 
     def save(self, path: Path) -> None:
         """Write the measurement as JSON, atomically."""

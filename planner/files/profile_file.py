@@ -165,7 +165,11 @@ class TiedProfile:
 
 @dataclass(frozen=True, slots=True)
 class SizeProfile:
-    """All layers at one microbatch size, with the fingerprint of the trace at that size."""
+    """All layers at one microbatch size, with the fingerprint of the trace at that size.
+
+    `dependencies` are pairs (earlier, later) of indices of layers that keep their sequence in every order; null where
+    that is unknown, so that the layers stay in program order.
+    """
 
     microbatch_size: int
     fingerprint: str
@@ -174,6 +178,7 @@ class SizeProfile:
     tied: tuple[TiedProfile, ...]
     drift: float
     memory: SizeMemory | None = None
+    dependencies: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -184,6 +189,10 @@ class SizeProfile:
                 raise FileError(
                     f"tensor {tensor.name!r} names a layer that is not there", f"layers are 0 to {last - 1}"
                 )
+        for earlier, later in self.dependencies or ():
+            if not 0 <= earlier < later < last:
+                rule = f"an earlier layer comes first, and layers are 0 to {last - 1}"
+                raise FileError(f"the dependency of layer {later} on {earlier}", rule, "profile the model again")
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,7 @@ def _time_trace(
     from planner.profiling.piecewise import time_pieces
     from planner.profiling.timing import time_layers, time_optimizer
     from planner.tracing.loading import make_batch
+    from planner.tracing.ordering import layer_dependencies
     from planner.tracing.pieces import build_pieces
     from planner.tracing.rewriting import set_device
     from planner.tracing.user_functions import written_in_place
@@ -200,6 +201,7 @@ def _time_trace(
             target_bytes=_tensor_bytes(microbatches[0].targets),
             temporaries_add=temporaries_add,
         ),
+        dependencies=layer_dependencies(trace),
     )
 
 

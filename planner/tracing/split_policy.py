@@ -13,6 +13,7 @@ from planner.errors import TraceError
 from planner.tracing.exporting import Trace, open_layers, read_trace
 from planner.tracing.functions import refuse_module_hooks, start_keeping, stop_keeping
 from planner.tracing.gradients import attribute
+from planner.tracing.ordering import positions_of, reorder
 from planner.tracing.rewriting import apply_cuts, canonical_names
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ class SplitPolicy:
                 f"a plan holds for one model at microbatches of {self.plan.microbatch_size} samples",
                 "make the plan again, or give pipeline() one microbatch of that size",
             )
-        apply_cuts(gm, cut_positions(self.trace, [cut.before for cut in self.plan.cuts]))
+        positions = cut_positions(self.trace, [cut.before for cut in self.plan.cuts], self.plan.order)
+        if self.plan.order is not None:
+            reorder(self.trace, self.plan.order)
+        apply_cuts(gm, positions)
         return gm
 
     def _autocast_on(self) -> torch.device | None:
@@ -61,15 +65,22 @@ class SplitPolicy:
         return self.device or next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
 
-def cut_positions(trace: Trace, layer_ids: Sequence[str]) -> list[int]:
-    """The operations before which the cuts at `layer_ids` lie. Raises TraceError for an unknown or first layer."""
-    starts = {layer.id: layer.start for layer in trace.layers}
+def cut_positions(trace: Trace, layer_ids: Sequence[str], order: Sequence[str | int] | None = None) -> list[int]:
+    """The operations before which the cuts at `layer_ids` lie, in the program's order or that of the layers `order`.
+
+    Raises TraceError for an unknown or first layer, and for an order of other layers than the trace's.
+    """
+    position = positions_of(trace, order)
+    starts, count = {}, 0
+    for layer in sorted(trace.layers, key=lambda layer: position[layer.id]):
+        starts[layer.id] = count
+        count += layer.stop - layer.start
     for name in layer_ids:
         if not starts.get(name):
             raise TraceError(f"no legal cut before {name!r}", "a cut lies before a layer of the trace, not the first")
     positions = [starts[name] for name in layer_ids]
     if positions != sorted(set(positions)):
-        raise TraceError("the plan's cuts are not in program order", "stages follow the order of the layers")
+        raise TraceError("the plan's cuts are not in its order", "stages follow the order of the layers")
     return positions
 
 
@@ -110,10 +121,20 @@ def _called_by_pipeline(depth: int = 8) -> bool:
     return False
 
 
-def tied_over_cuts(trace: Trace, cuts: Sequence[str]) -> tuple[TiedParameter, ...]:
-    """The trainable parameters that more than one stage holds, where cuts lie before the layers named `cuts`."""
+def tied_over_cuts(
+    trace: Trace, cuts: Sequence[str], order: Sequence[str | int] | None = None
+) -> tuple[TiedParameter, ...]:
+    """The trainable parameters that more than one stage holds, where cuts lie before the layers named `cuts`.
+
+    `order` are the ids of all layers as they are cut, None in program order.
+    """
     from planner.files.plan_file import tied_over
 
-    firsts = [index for index, layer in enumerate(trace.layers) if layer.id in cuts]
-    trainable = {n: layers for n, layers in trace.tied.items() if attribute(trace.graph_module, n).requires_grad}
-    return tied_over(firsts, trainable)
+    position = positions_of(trace, order)
+    firsts = [position[name] for name in cuts]
+    users = {
+        name: tuple(sorted(position[trace.layers[index].id] for index in layers))
+        for name, layers in trace.tied.items()
+        if attribute(trace.graph_module, name).requires_grad
+    }
+    return tied_over(firsts, users)
