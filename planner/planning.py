@@ -162,6 +162,7 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
     Counts at which no cut fits into the memory are left out. The cuts `keep` (indices of layers) stay unless others
     save at least 0.1 % of the step. Raises InfeasibleError where nothing fits.
     """
+    from planner.intervals import with_intervals
     from planner.memory_advice import explain_infeasible
     from planner.partitioning.chain import best_plain_within, solve_chain
     from planner.partitioning.memory_limit import TooLittleMemoryError
@@ -195,7 +196,7 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
     cuts = best.solution.cuts if plain is None else plain
     if keep is not None and _as_good(best, keep, request):
         cuts = keep
-    return _assemble(profile, request, best, cuts, candidates)
+    return with_intervals(_assemble(profile, request, best, cuts, candidates), profile)
 
 
 def _works(profile: Profile, request: PlanRequest, changes: dict[str, Any]) -> bool:
@@ -318,6 +319,7 @@ def _assemble(
         bandwidth_bytes_per_s=request.bandwidth_bytes_per_s,
         machine=profile.machine,
         memory_limit_bytes=profile.machine.memory_bytes if request.memory_bytes is None else request.memory_bytes,
+        estimated=profile.estimated,
     )
 
 

@@ -49,6 +49,16 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
+class Peak:
+    """What a device does at most, which an estimate takes for granted; `source` says where the two rates are from."""
+
+    name: str
+    flops_per_s: float
+    bytes_per_s: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class LayerMemory:
     """Bytes of one layer and one microbatch; peaks are above what is alive when the layer begins.
 
@@ -113,7 +123,7 @@ class LayerProfile:
     `forward_ms` and `backward_ms` are medians per microbatch (backward accumulates into existing gradients);
     `backward_first_ms` is the backward of a step's first microbatch; `…_spread_ms` is 1.25 · MAD / √n, the standard
     error of the median. `optimizer_ms` covers the layer's own parameters; tied ones are in `Profile.tied`.
-    `memory` is null where it was not measured.
+    `memory` is null where it was not measured, `flops` (of the forward, without the loss) where they were not counted.
     """
 
     id: str
@@ -189,7 +199,10 @@ class SizeProfile:
 class Profile:
     """Everything that planning needs to know about a model on a kind of device.
 
-    `training` is the digest of what is trained and how (planner/tracing/training_digest.py).
+    `training` is the digest of what is trained and how (planner/tracing/training_digest.py). `estimated` is null where
+    times were measured; else they were computed from FLOPs and bytes at that peak, and nothing was run.
+    `repeats` are relative differences between profiles of this model on this machine, newest last; see
+    planner/intervals.py.
     """
 
     model: ModelReference
@@ -202,6 +215,8 @@ class Profile:
     sizes: tuple[SizeProfile, ...]
     why_not_plain: str = ""
     training: str = ""
+    estimated: Peak | None = None
+    repeats: tuple[float, ...] = ()
 
     def size(self, microbatch_size: int) -> SizeProfile:
         """The measurements at `microbatch_size`. Raises FileError where that size was not profiled."""

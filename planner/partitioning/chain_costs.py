@@ -81,6 +81,7 @@ class Chain:
     tensors: tuple[ChainTensor, ...]
     tied: tuple[ChainTied, ...]
     memory: ChainMemory | None = None
+    flops: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -89,6 +90,8 @@ class Chain:
             values = getattr(self, field.name)
             if field.name == "memory":
                 self._check_memory()
+            elif field.name == "flops" and values is None:
+                continue
             elif field.name in ("tensors", "tied"):
                 self._check_members(field.name, values)
             elif len(values) != len(self.ids):
