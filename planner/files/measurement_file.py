@@ -17,16 +17,23 @@ SCHEMA = "evenstage/measurement/1"
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """The step: as planned, as measured, and with perfect balance and no bubble (total work ÷ stages)."""
+    """The step: as planned, as measured, and with perfect balance and no bubble (total work ÷ stages).
+
+    `interval` is half the 90 % interval of the predicted one, null where the plan has none.
+    """
 
     predicted: float
     measured: float
     ideal: float
+    interval: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StageFigures:
-    """One stage, predicted or measured: medians per microbatch; `wait_ms` per step; `optimizer_ms` per step."""
+    """One stage, predicted or measured: medians per microbatch; `wait_ms` per step; `optimizer_ms` per step.
+
+    `…_interval_ms` is half the 90 % interval of a prediction, null where the plan has none and of what was measured.
+    """
 
     forward_ms: float
     backward_ms: float
@@ -37,6 +44,8 @@ class StageFigures:
     wait_ms: float | None
     forward_spread_ms: float = 0.0
     backward_spread_ms: float = 0.0
+    forward_interval_ms: float | None = None
+    backward_interval_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
