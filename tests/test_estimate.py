@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import planner
 from planner.cli import main
 from planner.errors import FileError, UsageError
 from planner.files.plan_file import Plan
@@ -213,3 +214,29 @@ def test_a_plan_from_an_estimate_can_be_run(model: Path, tmp_path: Path):
     plan.save(tmp_path / "mlp.plan.json")
     folder = str(tmp_path / "run")
     assert run_plan([str(tmp_path / "mlp.plan.json"), "--rehearse", "--steps", "2", "--run-dir", folder]) == 0
+
+
+def test_a_measured_profile_counts_the_same_flops(model: Path):
+    measured = planner.measure(model, gpus=1, batch_size=4, microbatches=1)
+    guessed = planner.estimate(model, gpus=1, batch_size=4, microbatches=1, peak="h100")
+    (size,), (other,) = measured.sizes, guessed.sizes
+    assert [layer.flops for layer in size.layers] == [layer.flops for layer in other.layers]
+    assert size.fingerprint == other.fingerprint
+    assert measured.estimated is None
+    assert measured.training == guessed.training
+    assert all(layer.forward_ms > 0 for layer in size.layers)
+
+
+def test_profiling_again_remembers_what_the_machine_did(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    profile = replace(planner.estimate(model, gpus=2, peak="h100", batch_size=4, microbatches=2), estimated=None)
+    (size,) = profile.sizes
+    slower = [replace(one, forward_ms=one.forward_ms * 1.1, backward_ms=one.backward_ms * 1.1) for one in size.layers]
+    made = [profile, replace(profile, sizes=(replace(size, layers=tuple(slower)),))]
+    monkeypatch.setattr("planner.planning.measure", lambda *_: made.pop(0))
+    flags = ["--gpus", "2", str(model), "--batch-size", "4", "--microbatches", "2", "--fresh", "--json"]
+    for _ in range(2):
+        assert main([*flags, "-o", str(tmp_path / "mlp.plan.json")]) == 0
+    assert Profile.load(tmp_path / "mlp.profile.json").repeats == pytest.approx((0.1,))
+    step = Plan.load(tmp_path / "mlp.plan.json")
+    assert step.step_interval_ms is not None
+    assert step.step_interval_ms > 0.1 * step.scheduled_step_ms()

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from planner.errors import FileError
 from planner.files.plan_file import Plan
@@ -31,6 +32,8 @@ from runner.comparing import compare
 from runner.drift import note_drift
 from runner.reporting.terminal import render_report
 from tests.sample_values import make_measurement_value
+from tests.test_timing import measure
+from tests.working_clock import Layer
 
 MACHINE = Machine("cpu", "a clock", 1, {})
 QUANTILE = 1.6448536
@@ -205,3 +208,20 @@ def test_a_drift_found_later_is_written_into_the_measurement(tmp_path: Path):
     assert "drift of the machine +10 %" in " ".join(render_report(report).split())
     with pytest.raises(FileError, match="in common"):
         note_drift(tmp_path, before, replace(after, sizes=(replace(after.sizes[0], fingerprint="x"),)))
+
+
+def test_on_an_exact_clock_the_prediction_is_exact_and_so_is_its_interval():
+    costs = [(1.0, 2.0), (4.0, 3.0), (2.5, 7.5), (3.0, 1.0)]
+    pieces, samples = measure(nn.Sequential(*(Layer(*cost) for cost in costs)))
+    layers = [
+        layer(index, summarise(sample.forward_ms), summarise(sample.backward_ms))
+        for index, sample in enumerate(samples)
+    ]
+    plan = planned(profile(layers))
+    assert len(pieces.pieces) == len(costs)
+    loss = (0.5, 0.25)
+    for stage in plan.stages:
+        last = loss if "3" in stage.nodes else (0.0, 0.0)
+        assert stage.forward_ms == sum(costs[int(node)][0] for node in stage.nodes) + last[0]
+        assert stage.backward_ms == sum(costs[int(node)][1] for node in stage.nodes) + last[1]
+        assert (stage.forward_interval_ms, stage.backward_interval_ms, stage.load_interval_ms) == (0.0, 0.0, 0.0)
