@@ -258,6 +258,7 @@ def _refuse_for_graph(flags: argparse.Namespace) -> None:
     if flags.gpus is None:
         raise UsageError("no --gpus", "the number of stages is needed", example)
     given = {"a model file": flags.model, "--profile": flags.profile, "--train": flags.train or None}
+    given["--meta"] = flags.meta or None
     if wrong := [name for name, value in given.items() if value is not None]:
         raise UsageError(f"--graph and {wrong[0]}", "a plan comes from one source, and a graph cannot be run", example)
     if flags.objective is not None and (flags.cut_at is not None or flags.microbatches is not None):

@@ -45,6 +45,7 @@ def plan_bottleneck(
     """
     from planner.partitioning.baselines import baselines
     from planner.partitioning.branching import solve_graph, stage_loads
+    from planner.partitioning.coarsening import coarsen
     from planner.partitioning.layer_graph import chain_of, graph_from_json
 
     graph = graph_from_json(path)
@@ -55,8 +56,9 @@ def plan_bottleneck(
     record = SolverRecord(found.solver_name, found.seconds, found.num_nodes)
     solved = _Solved(found.stages, found.objective_ms, found.lower_bound_ms, found.status, record)
     ordered = in_program_order(graph)
-    others = {}
-    for name, cuts in baselines(chain_of(ordered), num_stages).items():
+    others, coarse = {}, coarsen(chain_of(ordered))
+    for name, found_cuts in baselines(coarse.chain, num_stages).items():
+        cuts = coarse.full(found_cuts)
         largest = max(stage_loads(graph, _pieces(list(ordered.nodes), cuts), transfers))
         others[name] = Baseline(None, largest, None, tuple(str(list(ordered.nodes)[cut]) for cut in cuts))
     return _assemble(path, graph, solved, _load_stages(graph, found.stages, loads), others)
@@ -73,11 +75,12 @@ def plan_schedule(
     """Minimise the step of `schedule` over cuts of the graph in `path` in program order; `cut_at` scores given cuts.
 
     `optimal` is said where the graph has one order only; otherwise other orders might do better, and the plan is
-    `feasible` with a bound that holds for all of them.
+    `feasible` with a bound that holds for all of them. So it is with more than 2,000 layers, which are merged first.
     """
     from planner.partitioning.baselines import baselines
     from planner.partitioning.chain import solve_chain
     from planner.partitioning.chain_costs import step_ms
+    from planner.partitioning.coarsening import coarsen
     from planner.partitioning.layer_graph import chain_of, graph_from_json
 
     if schedule == "1f1b" and num_microbatches < num_stages:
@@ -86,14 +89,15 @@ def plan_schedule(
     graph = graph_from_json(path)
     ordered = in_program_order(graph)
     chain, nodes = chain_of(ordered), list(ordered.nodes)
-    bound = any_order_bound_ms(chain, num_stages, num_microbatches, schedule)
+    bound, coarse = any_order_bound_ms(chain, num_stages, num_microbatches, schedule), coarsen(chain)
     if cut_at is None:
-        found = solve_chain(chain, num_stages, num_microbatches, schedule=schedule)
-        single = all(graph.has_edge(a, b) for a, b in zip(nodes, nodes[1:], strict=False))
+        found = solve_chain(coarse.chain, num_stages, num_microbatches, schedule=schedule)
+        whole = coarse.chain is chain
+        single = whole and all(graph.has_edge(a, b) for a, b in zip(nodes, nodes[1:], strict=False))
         bound = found.lower_bound_ms if single else bound
         proven = found.status == "optimal" and (single or bound >= found.step_ms * (1 - 1e-9))
         status: Status = "optimal" if proven else "feasible"
-        cuts, record = found.cuts, SolverRecord(found.solver_name, found.seconds, found.num_nodes)
+        cuts, record = coarse.full(found.cuts), SolverRecord(found.solver_name, found.seconds, found.num_nodes)
     else:
         cuts, status = _given_cuts(nodes, cut_at, num_stages), "scored"
         record = SolverRecord("given", time.perf_counter() - started, 0)
@@ -101,7 +105,8 @@ def plan_schedule(
     stages = _pieces(nodes, cuts)
     solved = _Solved(stages, step, min(bound, step), status, record)
     others = {}
-    for name, other in baselines(chain, num_stages).items():
+    for name, found_other in baselines(coarse.chain, num_stages).items():
+        other = coarse.full(found_other)
         other_step = step_ms(chain, other, num_microbatches, schedule)
         others[name] = Baseline(other_step, other_step, None, tuple(str(nodes[cut]) for cut in other))
     drawn = _step_stages(chain, nodes, cuts, num_microbatches, schedule)

@@ -422,6 +422,7 @@ def limit_line(plan: Plan, profile: Profile) -> str:
     """Which stage limits the step, and what the cheapest other cut would cost."""
     from planner.partitioning.chain import cheapest_move
     from planner.partitioning.layer_graph import build_layer_graph, chain_of
+    from planner.partitioning.memory_limit import MemoryLimit
 
     chain = chain_of(build_layer_graph(profile.size(plan.microbatch_size), plan.bandwidth_bytes_per_s))
     cuts = tuple(chain.ids.index(cut.before) for cut in plan.cuts)
@@ -429,7 +430,10 @@ def limit_line(plan: Plan, profile: Profile) -> str:
     line = f"limited by stage {limiting.index}"
     if not cuts:
         return line
-    move = cheapest_move(chain, cuts, plan.num_microbatches, plan.schedule or "gpipe")
+    limit = None
+    if plan.memory_limit_bytes is not None and chain.memory is not None:
+        limit = MemoryLimit(plan.memory_limit_bytes, profile.machine.reserved_bytes)
+    move = cheapest_move(chain, cuts, plan.num_microbatches, plan.schedule or "gpipe", limit)
     if move is None:
         return line
     layer, _, target, delta_ms = move

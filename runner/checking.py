@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from planner.errors import CheckError
 from planner.files.measurement_file import CheckResult
@@ -42,7 +43,7 @@ class Reference:
     """The eager model, trained on the same batches: one microbatch after the other, gradients summed, then divided."""
 
     def __init__(self, plan: Plan, source: ModelSource, device: Device, weights: WeightFiles | None = None) -> None:
-        self.plan, self.source = plan, source
+        self.plan, self.source, self.device = plan, source, device.torch_device
         model, deferred = build_either(source, plan.seed, meta=False, draws=True)
         initial_weights(model, canonical_names(model), deferred, weights).give(model)
         self.model = model.to(device.torch_device)
@@ -57,6 +58,7 @@ class Reference:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         size = self.plan.microbatch_size
+        batch = tree_map(lambda t: t.to(self.device) if isinstance(t, torch.Tensor) else t, batch)
         for start in range(0, self.plan.batch_size, size):
             args, kwargs = as_call(rows(batch[0], start, start + size))
             with DropoutAsIdentity():

@@ -39,7 +39,8 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
     kind = device_kind(options.device)
     resolved = [*arguments, "--run-dir", str(options.run_dir)]
     num_workers = 1 if options.rehearse else plan.num_stages
-    run_workers(module, resolved, num_workers, worker_environment(kind))
+    environment = worker_environment(kind, scarce_memory=options.meta or plan.model.meta)
+    run_workers(module, resolved, num_workers, environment)
     return 0
 
 

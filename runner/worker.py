@@ -110,12 +110,15 @@ def model_of(options: RunOptions, plan: Plan) -> str:
 def run(context: RunContext) -> None:
     """Train and measure; the last line on stdout names what was written."""
     from runner.comparing_cuts import compare_cuts
+    from runner.reference_memory import refuse_reference_that_does_not_fit
     from runner.stages import build_stage
     from runner.tensorboard_run import refuse_unusable
     from runner.training import Trainer
 
     options, plan = context.options, context.plan
     refuse_unusable(options)
+    if options.check and context.rank == 0 and (options.meta or plan.model.meta):
+        refuse_reference_that_does_not_fit(plan, context.source, context.device)
     built = build_stage(
         plan,
         context.source,

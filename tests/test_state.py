@@ -86,6 +86,20 @@ def test_constants_state_and_inputs_are_returned_as_the_model_does():
     (found["logits"].sum() + found["weight"].sum()).backward()
 
 
+def test_a_slice_of_every_row_is_sent_contiguous():
+    class Slices(Running):
+        def forward(self, x):
+            narrow = self.a(x)[:, 1:2]
+            return self.b(narrow.expand(2, 3) * 2) + narrow
+
+    graph = (trace := trace_model(Slices(), (torch.ones(2, 3),), {})).graph_module.graph
+    apply_cuts(trace.graph_module, [next(layer.start for layer in trace.layers if layer.id == "b")])
+    nodes = list(graph.nodes)
+    cut = next(index for index, node in enumerate(nodes) if "pipe_split" in str(node.target))
+    sent = {a for node in nodes[cut:] for a in node.all_input_nodes if a in nodes[:cut] and a.op == "call_function"}
+    assert sent and all(node.meta["val"].is_contiguous() for node in sent)
+
+
 class WritesInput(Running):
     def forward(self, x, late):
         late += 1

@@ -25,6 +25,10 @@ ALLOCATOR_SETTINGS = {
     "MALLOC_TOP_PAD_": "67108864",
 }
 
+# A heap in which large blocks come and go grows by their holes, up to twice what lives. Where a model barely fits,
+# blocks from this size on are mapped one by one and given back at once, whatever that costs in page faults.
+MAPPED_FROM_BYTES = 4 * 2**20
+
 
 class Device(Protocol):
     """A device that can time what runs on it."""
@@ -197,11 +201,16 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def worker_environment(device_kind: str) -> dict[str, str]:
+def worker_environment(device_kind: str, *, scarce_memory: bool = False) -> dict[str, str]:
     """Variables that profiler and training workers share, so that what is profiled is what will run.
 
-    One compute thread on a CPU: workers share its cores, and thread CPU time sees one thread.
+    One compute thread on a CPU: workers share its cores, and thread CPU time sees one thread. `scarce_memory`: take no
+    more memory than lives, even if that is slower.
     """
     if device_kind == "cpu":
-        return {**ALLOCATOR_SETTINGS, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        if not scarce_memory:
+            return {**ALLOCATOR_SETTINGS, **threads}
+        kept = {name: value for name, value in ALLOCATOR_SETTINGS.items() if name != "MALLOC_MMAP_MAX_"}
+        return {**kept, "MALLOC_MMAP_THRESHOLD_": str(MAPPED_FROM_BYTES), **threads}
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -140,12 +140,13 @@ def best_plain_within(
 
 
 def cheapest_move(
-    chain: Chain, cuts: Cuts, num_microbatches: int, schedule: str = "gpipe"
+    chain: Chain, cuts: Cuts, num_microbatches: int, schedule: str = "gpipe", memory: MemoryLimit | None = None
 ) -> tuple[int, int, int, float] | None:
     """The boundary layer that costs least to move: (layer, from stage, to stage, step difference in milliseconds).
 
-    None where no boundary can move.
+    None where no boundary can move, or no such cut fits into the memory.
     """
+    fitting = None if memory is None else FittingStages(chain, num_microbatches, schedule, memory)
     base = step_ms(chain, cuts, num_microbatches, schedule)
     bounds = [0, *cuts, len(chain.ids)]
     moves = []
@@ -153,6 +154,8 @@ def cheapest_move(
         for moved, layer, source, target in ((cut - 1, cut - 1, k, k + 1), (cut + 1, cut, k + 1, k)):
             if bounds[k] < moved < bounds[k + 2]:
                 changed = (*cuts[:k], moved, *cuts[k + 1 :])
+                if fitting is not None and not fitting.fits(changed):
+                    continue
                 moves.append((step_ms(chain, changed, num_microbatches, schedule) - base, layer, source, target))
     if not moves:
         return None

@@ -26,6 +26,7 @@ from planner.machine.memory_events import memory_events, rising_by_mark
 from planner.profiling.live_storages import MARK, AllocatorMarks, EventMarks, LiveStorages, Marks, Pass, Phase, Storage
 from planner.profiling.optimizer_memory import OptimizerMemory
 from planner.profiling.timing import Microbatch
+from planner.tracing.crossing import copies_to_send
 from planner.tracing.gradients import attribute
 from planner.tracing.pieces import OutputValue, Piece, Pieces
 
@@ -201,9 +202,9 @@ def _forward(
 
 
 def _note_readers(marks: Marks, piece: Piece, made: Sequence[Any], readers: dict[str, int], pieces: Pieces) -> None:
-    """The last layer that reads a storage, by any contiguous view; an output of the model is read by no layer."""
+    """The last layer that reads a storage by a view that is sent as it is; no layer reads an output of the model."""
     for name, value in zip(piece.outputs, made, strict=True):
-        if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+        if not isinstance(value, torch.Tensor) or copies_to_send(value):
             continue
         storage = marks.find(value)
         if storage is not None:

@@ -50,15 +50,17 @@ def time_pieces(
     values: list[Values] = [dict(zip(pieces.inputs, m.inputs, strict=True)) for m in microbatches]
     samples: list[LayerSamples] = []
     optimizer_ms: list[float] = []
-    for index, piece in enumerate(pieces.pieces):
-        meet(rounds[0] * index // len(pieces.pieces))
-        last = index == len(pieces.pieces) - 1
-        with _real(piece.module, filler) as real, _without_collection():
+    with _without_collection():
+        for index, piece in enumerate(pieces.pieces):
+            meet(rounds[0] * index // len(pieces.pieces))
+            last = index == len(pieces.pieces) - 1
             run = _PieceRun(pieces, piece, graded, device, filler, loss_fn if last else None)
-            samples.append(run.time(values, microbatches, rounds[0]))
-            run.advance(values, microbatches)
-            own = [[real[id(parameter)] for parameter in groups[index]]]
-            optimizer_ms += time_optimizer(own, make_optimizer, device, rounds[1])
+            with _real(piece.module, filler) as real:
+                samples.append(run.time(values, microbatches, rounds[0]))
+                run.advance(values, microbatches)
+                own = [[real[id(parameter)] for parameter in groups[index]]]
+                optimizer_ms += time_optimizer(own, make_optimizer, device, rounds[1])
+            del run, real, own  # before the next layer becomes real
     for group in groups[len(pieces.pieces) :]:
         real_group = [nn.Parameter(filler.weight("weight", parameter)) for parameter in group]
         optimizer_ms += time_optimizer([real_group], make_optimizer, device, rounds[1])
@@ -144,7 +146,6 @@ class _PieceRun:
     ) -> None:
         self.pieces, self.piece, self.graded = pieces, piece, graded
         self.device, self.filler, self.loss_fn = device, filler, loss_fn
-        self.parameters = list(piece.module.parameters())
         self.gradients: dict[int, torch.Tensor] = {}
 
     def time(self, values: Sequence[Values], microbatches: Sequence[Microbatch], num_rounds: int) -> LayerSamples:
@@ -153,7 +154,7 @@ class _PieceRun:
         first: list[float] = []
         later: list[float] = []
         for number in range(-WARM_UP_ROUNDS, num_rounds):
-            for parameter in self.parameters:
+            for parameter in self.piece.module.parameters():
                 parameter.grad = None
             runs, forward_ms = [], []
             for known, microbatch in zip(values, microbatches, strict=True):

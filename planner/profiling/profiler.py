@@ -57,6 +57,7 @@ def profile_model(
     """
     kind = device_kind(device)
     copies = concurrent_copies(num_workers, kind)
+    environment = worker_environment(kind, scarce_memory=meta)
     with tempfile.TemporaryDirectory(prefix="evenstage-profile-") as folder:
         request = ProfileRequest(
             model, seed, batch_size, microbatch_sizes, device, num_rounds, copies, str(Path(folder, "progress")), meta
@@ -64,7 +65,7 @@ def profile_model(
         path, result = Path(folder, "request.json"), Path(folder, "profile.json")
         path.write_text(dump_json(request, REQUEST_SCHEMA), encoding="utf-8")
         with _Watch(Path(request.progress), progress):
-            run_workers("planner.profiling.worker", [str(path), str(result)], copies, worker_environment(kind))
+            run_workers("planner.profiling.worker", [str(path), str(result)], copies, environment)
         return Profile.load(result)
 
 

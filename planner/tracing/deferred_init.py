@@ -31,6 +31,7 @@ from planner.tracing.init_replay import (
     NeedsDrawsError,
     Operation,
     StoredView,
+    digest,
     over,
     reach_bytes,
     replay,
@@ -259,7 +260,7 @@ class DeferredInit(TorchDispatchMode):
         if leaf.is_meta:
             return Constant(leaf, None)
         small = leaf.untyped_storage().nbytes() <= max(self.small_bytes, SMALL_BYTES)
-        return Constant(leaf.detach().clone(), None) if small else Constant(leaf, leaf._version)
+        return Constant(leaf.detach().clone(), None) if small else Constant(leaf, digest(leaf))
 
     def values(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The real tensors that an ordinary build would have made for `tensors`; aliases among them stay aliases.

@@ -6,6 +6,7 @@ ever written to its storage, in order, through whatever view.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +34,10 @@ class StoredView:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A real tensor that an operation read, and its version then: None where it is a copy that nobody changes."""
+    """A real tensor that an operation read, and the hash of its values then; None for a copy that nobody changes."""
 
     tensor: torch.Tensor
-    version: int | None
+    digest: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def _value(leaf: Any, storages: dict[int, torch.UntypedStorage], function: Any) 
     if isinstance(leaf, StoredView):
         return over(storages[leaf.storage], leaf)
     if isinstance(leaf, Constant):
-        if leaf.version is not None and leaf.tensor._version != leaf.version:
+        if leaf.digest is not None and digest(leaf.tensor) != leaf.digest:
             raise TraceError(
                 f"build_model changed a tensor of shape {tuple(leaf.tensor.shape)} after {function} had read it",
                 "with --meta large tensors that come from outside (numpy, files) stay as they are while they are read",
@@ -122,6 +123,12 @@ def _value(leaf: Any, storages: dict[int, torch.UntypedStorage], function: Any) 
             )
         return leaf.tensor
     return leaf
+
+
+def digest(tensor: torch.Tensor) -> bytes:
+    """A hash of the values of a real tensor."""
+    numbers = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(numbers.data, digest_size=16).digest()
 
 
 def over(storage: torch.UntypedStorage, view: StoredView) -> torch.Tensor:

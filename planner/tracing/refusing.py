@@ -45,18 +45,21 @@ def is_static(value: Any) -> bool:
 
 
 def refuse_outputs(gm: fx.GraphModule, model: nn.Module) -> None:
-    """Raise TraceError where forward returns nothing, something else than tensors, or a shape that is not static."""
+    """Raise TraceError where forward returns no tensor, a number made from one, or a shape that is not static.
+
+    Constants beside the tensors are given to the loss as they were in the trace.
+    """
     name, frame = type(model).__name__, forward_frame(model, last_return=True)
     leaves = tree_leaves(gm.graph.output_node().args[0], is_leaf=lambda leaf: leaf is None)
-    if all(leaf is None for leaf in leaves):
+    made = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    if not made:
         raise TraceError(f"forward of {name} returns nothing", "the loss needs an output", "return it", frame)
-    for leaf in leaves:
-        value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
+    for leaf in made:
+        value = leaf.meta.get("val")
         if value is not None and not isinstance(value, torch.Tensor):
-            shown = f"{value!r}" if not isinstance(leaf, fx.Node) else "a Python number made from a tensor"
             raise TraceError(
-                f"forward of {name} returns {shown}, which is no tensor",
-                "the last stage hands tensors to loss_fn",
+                f"forward of {name} returns a Python number made from a tensor, which is no tensor",
+                "the last stage hands tensors and constants to loss_fn",
                 "return tensors (or None) only, in a tuple, dict or dataclass if need be (return_dict=True)",
                 frame,
             )
