@@ -81,7 +81,10 @@ def test_figures_have_raw_errors_errors_of_the_share_and_intervals():
     assert forward.error == pytest.approx(0.1)
     assert forward.share_error == pytest.approx(0.0)
     assert forward.inside is None
-    assert figures(measurement)[-1].what == "step"
+    assert [figure.what for figure in figures(measurement)[-2:]] == ["backward", "simulated"]
+    by_the_wall = figures(replace(measurement, step_clock="wall"))[-2:]
+    assert [figure.what for figure in by_the_wall] == ["step", "simulated"]
+    assert by_the_wall[0].measured == measurement.step_ms.measured
     wide, narrow = Figure("step", None, 100.0, 104.0, 1.0, 5.0), Figure("step", None, 100.0, 104.0, 1.0, 3.0)
     assert (wide.inside, narrow.inside, wide.width) == (True, False, 0.1)
 
