@@ -69,7 +69,7 @@ def rehearsed_ms(plans: Mapping[int, Plan], num_passes: int, steps: int) -> dict
 def table(plans: Mapping[int, Plan], rehearsed: Mapping[int, Sequence[float]], chosen: int) -> list[str]:
     """A row per count, and by how much the chosen one is off the best.
 
-    `spread` is (largest − smallest) ÷ median over the passes.
+    `spread` is (largest − smallest) ÷ median over the passes, where there is more than one.
     """
     medians = {count: median(values) for count, values in rehearsed.items()}
     best = min(medians, key=lambda count: medians[count])
@@ -85,7 +85,7 @@ def table(plans: Mapping[int, Plan], rehearsed: Mapping[int, Sequence[float]], c
                 f"{plan.scheduled_step_ms():.1f} ms",
                 f"{medians[count]:.1f} ms",
                 f"{medians[count] / plan.scheduled_step_ms() - 1:+.1%}",
-                f"{(max(values) - min(values)) / medians[count]:.1%}",
+                f"{(max(values) - min(values)) / medians[count]:.1%}" if len(values) > 1 else "",
                 ", ".join(marks),
             )
         )
