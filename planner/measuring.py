@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from planner.errors import FileError
+from planner.errors import FileError, UsageError
 from planner.files.profile_file import Profile
 from planner.intervals import with_repeat
-from planner.planning import PlanRequest, candidate_counts, resolve_batch_size
+from planner.planning import PlanRequest, candidate_counts, resolve_batch_size, resolve_precision
 from planner.planning import measure as measure_request
 
 
@@ -31,6 +32,7 @@ def measure(
     device: str | None = None,
     seed: int = 0,
     meta: bool = False,
+    precision: Literal["fp32", "bf16"] | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Profile:
     """Measure every layer of `model` ("file.py" or "file.py:name") as `gpus` workers on this machine would run it.
@@ -43,7 +45,7 @@ def measure(
         profile.save(Path("model.profile.json"))
         plan = planner.make_plan(profile, gpus=4)
     """
-    request = PlanRequest(gpus, batch_size, microbatches, device, seed=seed, meta=meta)
+    request = PlanRequest(gpus, batch_size, microbatches, device, seed=seed, meta=meta, precision=precision)
     return measure_request(str(model), request, progress)
 
 
@@ -56,6 +58,7 @@ def estimate(
     microbatches: int | None = None,
     seed: int = 0,
     meta: bool = False,
+    precision: Literal["fp32", "bf16"] | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Profile:
     """`measure` without a run: FLOPs and bytes of every layer at a device's `peak`, marked `estimated`.
@@ -66,7 +69,9 @@ def estimate(
     """
     from planner.profiling.estimate import estimate_model
 
-    request = PlanRequest(gpus, batch_size, microbatches, seed=seed, meta=meta)
+    request = PlanRequest(gpus, batch_size, microbatches, seed=seed, meta=meta, precision=precision)
+    if resolve_precision(str(model), request) != "fp32":
+        raise UsageError("an estimate in bf16", "peaks and bytes are those of fp32", "leave out --estimate: measure it")
     total = resolve_batch_size(str(model), request)
     return estimate_model(
         str(model),

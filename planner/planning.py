@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner.errors import UsageError
+from planner.files.links_file import LinkCost, LinkFit, Links
 from planner.files.plan_file import (
     Baseline,
     CurvePoint,
@@ -19,6 +20,7 @@ from planner.files.plan_file import (
     SolverRecord,
     Stage,
     TiedParameter,
+    charged,
     tied_over,
 )
 from planner.files.plan_rules import MAX_SEED
@@ -42,7 +44,7 @@ class PlanRequest:
     """What a plan is wanted for. `microbatches` None means: choose.
 
     `memory_bytes` is what each stage may need; None means what the profiled device has, and on a CPU no limit. `meta`:
-    the whole model may not fit into memory.
+    the whole model may not fit into memory. `precision` None means the model file's, else fp32.
     """
 
     gpus: int
@@ -55,16 +57,24 @@ class PlanRequest:
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
     memory_bytes: int | None = None
     meta: bool = False
+    links: LinkFit | None = None
+    precision: Literal["fp32", "bf16"] | None = None
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise UsageError(f"--gpus {self.gpus}", "a plan has at least one stage", "give --gpus 1 or more")
+        if self.links is not None and self.bandwidth_bytes_per_s is not None:
+            raise UsageError("links and a bandwidth", "crossings are charged by one of the two", "leave one out")
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(
                 f"seed {self.seed}", f"a seed is a whole number from 0 to {MAX_SEED:,}", "give another one"
             )
         if self.schedule == "1f1b" and self.microbatches is not None and self.microbatches < self.gpus:
             raise too_few_microbatches(self.microbatches, self.gpus)
+
+    def link_cost(self) -> LinkCost:
+        """What every crossing is charged."""
+        return charged(self.links, self.bandwidth_bytes_per_s)
 
 
 def make_plan(
@@ -80,14 +90,29 @@ def make_plan(
     schedule: Literal["gpipe", "1f1b"] = "gpipe",
     memory_bytes: int | None = None,
     meta: bool = False,
+    links: Links | None = None,
+    precision: Literal["fp32", "bf16"] | None = None,
     progress: Progress = lambda share, text: None,
 ) -> Plan:
     """Plan `source` (a model file, or a Profile of one) for `gpus` stages.
 
+    `links` (`Links.load(path)`, or measured by `planner.machine.links`) take the place of a bandwidth.
+
     Raises ModelFileError, TraceError, ProfileError, InfeasibleError or UsageError; see `planner.errors`.
     """
     request = PlanRequest(
-        gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule, memory_bytes, meta
+        gpus,
+        batch_size,
+        microbatches,
+        device,
+        bandwidth_bytes_per_s,
+        plain,
+        seed,
+        schedule,
+        memory_bytes,
+        meta,
+        None if links is None else links.fit,
+        precision,
     )
     profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
     return plan_profile(profile, request)
@@ -107,6 +132,7 @@ def measure(model: str, request: PlanRequest, progress: Progress = lambda share,
         device=request.device,
         seed=request.seed,
         meta=request.meta,
+        precision=resolve_precision(model, request),
         progress=progress,
     )
 
@@ -118,6 +144,20 @@ def resolve_batch_size(model: str, request: PlanRequest) -> int:
     from planner.tracing.loading import load_source
 
     return load_source(model).batch_size or DEFAULT_BATCH_SIZE
+
+
+def resolve_precision(model: str, request: PlanRequest) -> Literal["fp32", "bf16"]:
+    """The precision asked for, else the model file's, else fp32. Raises UsageError where they contradict each other."""
+    from planner.tracing.loading import load_source
+
+    stated = load_source(model).precision
+    if request.precision is not None and stated not in (None, request.precision):
+        raise UsageError(
+            f'--precision {request.precision}, and PRECISION = "{stated}" in the model file',
+            "a model is trained in one precision",
+            f"leave out --precision, or PRECISION in {Path(model.partition(':')[0]).name}",
+        )
+    return request.precision or stated or "fp32"
 
 
 def candidate_counts(batch_size: int, request: PlanRequest) -> tuple[int, ...]:
@@ -167,6 +207,12 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
     from planner.partitioning.chain import best_plain_within, solve_chain
     from planner.partitioning.memory_limit import TooLittleMemoryError
 
+    if request.precision not in (None, profile.precision):
+        raise UsageError(
+            f"--precision {request.precision} with a profile that was made in {profile.precision}",
+            "times and bytes hold for the precision that they were measured in",
+            f"leave out --precision, or profile the model again with --precision {request.precision}",
+        )
     batch_size = profile.batch_size if request.batch_size is None else request.batch_size
     limit = memory_limit(profile, request)
     candidates, refused = [], []
@@ -225,7 +271,7 @@ def chain_at(profile: Profile, microbatch_size: int, request: PlanRequest) -> Ch
     """The chain that is solved for one microbatch size."""
     from planner.partitioning.layer_graph import build_layer_graph, chain_of
 
-    return chain_of(build_layer_graph(profile.size(microbatch_size), request.bandwidth_bytes_per_s))
+    return chain_of(build_layer_graph(profile.size(microbatch_size), request.link_cost()))
 
 
 def memory_limit(profile: Profile, request: PlanRequest) -> MemoryLimit | None:
@@ -271,7 +317,7 @@ def profiled_counts(profile: Profile, batch_size: int, request: PlanRequest) -> 
 def _assemble(
     profile: Profile, request: PlanRequest, best: _Candidate, cuts: tuple[int, ...], candidates: Sequence[_Candidate]
 ) -> Plan:
-    from planner.partitioning.chain_costs import crossing, is_plain, step_ms
+    from planner.partitioning.chain_costs import is_plain, step_ms
 
     chain, solution, count = best.chain, best.solution, best.num_microbatches
     step = step_ms(chain, cuts, count, request.schedule)
@@ -296,7 +342,7 @@ def _assemble(
         schedule=request.schedule,
         num_microbatches=count,
         microbatch_size=best.size.microbatch_size,
-        precision="fp32",
+        precision=profile.precision,
         seed=request.seed,
         data_parallel=1,
         step_ms=step,
@@ -305,10 +351,7 @@ def _assemble(
         split_specification={chain.names[cut]: "beginning" for cut in cuts} if plain else None,
         order=None,
         recompute=(),
-        cuts=tuple(
-            Cut(chain.ids[c], tuple(t.name for t in crossing(chain, c)), sum(t.num_bytes for t in crossing(chain, c)))
-            for c in cuts
-        ),
+        cuts=_cuts(chain, cuts),
         stages=_stages(chain, cuts, count, request.schedule, profile.machine.reserved_bytes),
         baselines=_baselines(chain, request, count, memory_limit(profile, request)),
         microbatch_curve=tuple(
@@ -317,10 +360,24 @@ def _assemble(
         ),
         tied=tied_parameters(best.size, cuts),
         bandwidth_bytes_per_s=request.bandwidth_bytes_per_s,
+        links=request.links,
         machine=profile.machine,
         memory_limit_bytes=profile.machine.memory_bytes if request.memory_bytes is None else request.memory_bytes,
         estimated=profile.estimated,
     )
+
+
+def _cuts(chain: Chain, cuts: tuple[int, ...]) -> tuple[Cut, ...]:
+    from planner.partitioning.chain_costs import crossing, crossing_ms
+
+    forward, backward = crossing_ms(chain)
+    found = []
+    for cut in cuts:
+        tensors = crossing(chain, cut)
+        num_bytes = sum(tensor.num_bytes for tensor in tensors)
+        names = tuple(tensor.name for tensor in tensors)
+        found.append(Cut(chain.ids[cut], names, num_bytes, forward[cut], backward[cut]))
+    return tuple(found)
 
 
 def _why_not_plain(profile: Profile, chain: Chain, cuts: tuple[int, ...]) -> str:
@@ -424,7 +481,7 @@ def limit_line(plan: Plan, profile: Profile) -> str:
     from planner.partitioning.layer_graph import build_layer_graph, chain_of
     from planner.partitioning.memory_limit import MemoryLimit
 
-    chain = chain_of(build_layer_graph(profile.size(plan.microbatch_size), plan.bandwidth_bytes_per_s))
+    chain = chain_of(build_layer_graph(profile.size(plan.microbatch_size), plan.link_cost()))
     cuts = tuple(chain.ids.index(cut.before) for cut in plan.cuts)
     limiting = max(plan.stages, key=lambda stage: stage.load_ms)
     line = f"limited by stage {limiting.index}"

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from planner.files.plan_file import Cut, Plan, PlannedModel, SolverRecord, Stage
 from planner.tracing.exporting import trace_model
 from planner.tracing.loading import as_call, build, load_source, make_batch, rows
@@ -17,11 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def plan_at(model: Path, cuts: list[str] | int, num_microbatches: int = 4, batch_size: int = 8, seed: int = 0) -> Plan:
-    """A plan of `model` with the given cuts (or that many stages, cut evenly), its costs made up."""
+    """A plan of `model` with the given cuts (or that many stages, cut evenly), its costs made up.
+
+    It is of the precision that the model file states.
+    """
     source = load_source(str(model))
     size = batch_size // num_microbatches
     inputs, _ = make_batch(source, seed, 0, batch_size)
-    trace = trace_model(build(source, seed), *as_call(rows(inputs, 0, size)))
+    autocast_on = torch.device("cpu") if source.precision == "bf16" else None
+    trace = trace_model(build(source, seed), *as_call(rows(inputs, 0, size)), autocast_on=autocast_on)
     ids = [layer.id for layer in trace.layers]
     if isinstance(cuts, int):
         cuts = [ids[len(ids) * k // cuts] for k in range(1, cuts)]
@@ -40,7 +46,7 @@ def plan_at(model: Path, cuts: list[str] | int, num_microbatches: int = 4, batch
         schedule="gpipe",
         num_microbatches=num_microbatches,
         microbatch_size=size,
-        precision="fp32",
+        precision=source.precision or "fp32",
         seed=seed,
         data_parallel=1,
         step_ms=1.0,

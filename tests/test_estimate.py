@@ -185,6 +185,11 @@ def test_flags_that_contradict_an_estimate_are_refused(model: Path, flags: list[
     assert "--estimate" in capsys.readouterr().err
 
 
+def test_an_estimate_in_bf16_is_refused(model: Path):
+    with pytest.raises(UsageError, match="bf16"):
+        planner.estimate(model, gpus=1, peak="h100", batch_size=4, precision="bf16")
+
+
 def test_files_without_estimates_load(model: Path, tmp_path: Path):
     profile = replace(estimate(model, gpus=1, peak="h100", batch_size=4, microbatches=1), estimated=None)
     profile.save(tmp_path / "p.json")

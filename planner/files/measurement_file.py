@@ -33,6 +33,7 @@ class StageFigures:
     """One stage, predicted or measured: medians per microbatch; `wait_ms` per step; `optimizer_ms` per step.
 
     `…_interval_ms` is half the 90 % interval of a prediction, null where the plan has none and of what was measured.
+    `transfer_…_ms` are the sends and receives inside the times; those of a measured stage are what its plan charges.
     """
 
     forward_ms: float
@@ -46,6 +47,8 @@ class StageFigures:
     backward_spread_ms: float = 0.0
     forward_interval_ms: float | None = None
     backward_interval_ms: float | None = None
+    transfer_forward_ms: float = 0.0
+    transfer_backward_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,17 +187,18 @@ def _forward(
     readers = {tensor.name: max(tensor.consumers) for tensor in pieces.trace.tensors}
     entered: set[int] = {len(pieces.pieces) - 1}
     loss: torch.Tensor | None = None
-    for index, piece in enumerate(pieces.pieces):
-        marks.enter(Phase(number, "forward", index))
-        made = piece.module(*(values[name] for name in piece.inputs))
-        values.update(zip(piece.outputs, made, strict=True))
-        _note_readers(marks, piece, made, readers, pieces)
-        if index == len(pieces.pieces) - 1:
-            loss = loss_fn(pieces.rebuild_output(values), microbatch.targets)
-        for name in piece.released:
-            del values[name]
-        _announce_backward(marks, Phase(number, "backward", index), made, entered)
-        del made
+    with pieces.trace.computing():  # its casts of parameters live until it ends, as they do in a stage
+        for index, piece in enumerate(pieces.pieces):
+            marks.enter(Phase(number, "forward", index))
+            made = piece.module(*(values[name] for name in piece.inputs))
+            values.update(zip(piece.outputs, made, strict=True))
+            _note_readers(marks, piece, made, readers, pieces)
+            if index == len(pieces.pieces) - 1:
+                loss = loss_fn(pieces.rebuild_output(values), microbatch.targets)
+            for name in piece.released:
+                del values[name]
+            _announce_backward(marks, Phase(number, "backward", index), made, entered)
+            del made
     return loss
 
 
