@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planner.files.plan_file import Plan as Plan
     from planner.files.profile_file import Profile as Profile
+    from planner.measuring import estimate as estimate
+    from planner.measuring import measure as measure
     from planner.planning import make_plan as make_plan
 
-__all__ = ["Plan", "Profile", "make_plan"]
+__all__ = ["Plan", "Profile", "estimate", "make_plan", "measure"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from planner.files.profile_file import Profile
 
         return Profile
+    if name in ("estimate", "measure"):
+        import planner.measuring
+
+        return getattr(planner.measuring, name)
     if name == "make_plan":
         from planner.planning import make_plan
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from planner.planning import PlanRequest
 
 
+ESTIMATE = ".estimate"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `plan`."""
     parser = argparse.ArgumentParser(
@@ -83,6 +86,16 @@ def build_parser() -> argparse.ArgumentParser:
     profile = parser.add_argument_group("the profile")
     profile.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     profile.add_argument("--profile", metavar="FILE", help="plan from this profile, without hardware")
+    profile.add_argument(
+        "--estimate",
+        action="store_true",
+        help="run nothing: time from FLOPs and bytes at the peak of a device, for a first look",
+    )
+    profile.add_argument(
+        "--peak",
+        metavar="NAME|FLOPS,BYTES/s",
+        help="of that device: h100, a100, … or e.g. 67T,3.35T (default: one thread of this CPU)",
+    )
     profile.add_argument("--fresh", action="store_true", help="measure again even where a fitting profile exists")
     profile.add_argument(
         "--from-measurement",
@@ -107,6 +120,7 @@ def run(flags: argparse.Namespace) -> int:
         print(Path(__file__).with_name("example_model.py").read_text(encoding="utf-8"), end="")
         return 0
     _refuse_drawing(flags)
+    _refuse_estimate(flags)
     refuse_link_flags(flags)
     _take_configuration(flags)
     if flags.from_measurement is not None:
@@ -271,13 +285,27 @@ def _refuse_for_graph(flags: argparse.Namespace) -> None:
         raise UsageError("--no-transfers without --objective", "a step has its transfers", "add --objective bottleneck")
 
 
+def _refuse_estimate(flags: argparse.Namespace) -> None:
+    """Raise UsageError where --estimate or --peak does not go with what else was asked for."""
+    if not flags.estimate:
+        if flags.peak is not None:
+            raise UsageError("--peak without --estimate", "what is measured needs no peak", "add --estimate")
+        return
+    sources = {"--graph": flags.graph, "--profile": flags.profile, "--from-measurement": flags.from_measurement}
+    sources |= {"--device": flags.device, "--fresh": flags.fresh or None}
+    if wrong := [name for name, value in sources.items() if value is not None]:
+        rule = "an estimate comes from the model alone, and nothing is run for it"
+        raise UsageError(f"--estimate with {wrong[0]}", rule, "leave one of them out")
+
+
 def _refuse_bad_targets(flags: argparse.Namespace, output: Path) -> None:
     """Raise UsageError where what is to be written could not be, or would overwrite what it is made from."""
     from planner.files.reading import refuse_unwritable
 
     targets = {f"-o {flags.output}" if flags.output else f"the plan {output}": output}
     if flags.model is not None:
-        targets[f"the profile {profile_path(output)}"] = profile_path(output)
+        path = profile_path(output, flags.estimate)
+        targets[f"the {'estimate' if flags.estimate else 'profile'} {path}"] = path
     if flags.export_weights is not None:
         targets[f"--export-weights {flags.export_weights}"] = Path(flags.export_weights)
     sources = [flags.profile, flags.graph, (flags.model or "").partition(":")[0]]
@@ -297,17 +325,21 @@ def _output(flags: argparse.Namespace) -> Path:
         return Path(flags.output)
     path = Path(flags.model.partition(":")[0] if flags.model else flags.profile)
     name = path.resolve().parent.name if flags.hf is not None and path.name == "config.json" else path.name
-    return Path(f"{name.removesuffix('.py').removesuffix('.json').removesuffix('.profile')}.plan.json")
+    stem = name.removesuffix(".py").removesuffix(".json").removesuffix(".profile")
+    return Path(f"{stem}{ESTIMATE if flags.estimate else ''}.plan.json")
 
 
-def profile_path(output: Path) -> Path:
-    """Where the profile of a plan lies: beside it."""
-    return output.with_name(output.name.removesuffix(".json").removesuffix(".plan") + ".profile.json")
+def profile_path(output: Path, estimated: bool = False) -> Path:
+    """Where the profile of a plan lies: beside it. An estimate has a name of its own, so that none is overwritten."""
+    stem = output.name.removesuffix(".json").removesuffix(".plan")
+    mark = ESTIMATE if estimated and not stem.endswith(ESTIMATE) else ""
+    return output.with_name(f"{stem}{mark}.profile.json")
 
 
 def _profile(flags: argparse.Namespace, request: PlanRequest, output: Path) -> tuple[Profile, bool]:
     """The profile to plan from, and whether it was there already. A new one is written beside the plan."""
     from planner.files.profile_file import Profile
+    from planner.measuring import remember
     from planner.planning import measure, relative_to
     from planner.progress import profile_progress
 
@@ -318,18 +350,37 @@ def _profile(flags: argparse.Namespace, request: PlanRequest, output: Path) -> t
             got, rule = f"--granularity {flags.granularity}", f"{path} was made with {profile.granularity}"
             raise UsageError(got, rule, "leave it out, or profile again with --fresh")
         return with_model_file(profile, path), True
-    path = profile_path(output)
-    if not flags.fresh:
+    path = profile_path(output, flags.estimate)
+    if not flags.fresh and not flags.estimate:
         found, reason = _reusable_profile(flags.model, request, path)
         if found is not None:
             return with_model_file(found, path), True
         if reason:
             print(f"{path} is not used: {reason}", file=sys.stderr)
     with profile_progress() as progress:
-        profile = measure(flags.model, request, progress)
+        if flags.estimate:
+            profile = _estimate(flags, request, progress)
+        else:
+            profile = remember(measure(flags.model, request, progress), path)
     model = replace(profile.model, file=relative_to(str(profile.model.file), path.parent))
     replace(profile, model=model).save(path)
     return profile, False
+
+
+def _estimate(flags: argparse.Namespace, request: PlanRequest, progress: Any) -> Profile:
+    from planner.measuring import estimate
+
+    return estimate(
+        flags.model,
+        request.gpus,
+        peak=flags.peak,
+        batch_size=request.batch_size,
+        microbatches=request.microbatches,
+        seed=request.seed,
+        meta=request.meta,
+        precision=request.precision,
+        progress=progress,
+    )
 
 
 def with_model_file(profile: Profile, path: Path) -> Profile:
@@ -364,7 +415,7 @@ def _show(flags: argparse.Namespace, plan: Plan, profile: Profile, reused: bool,
     if reused:
         print(f"profile of {profile.machine.device_name} reused (--fresh measures again)", file=sys.stderr)
     print(render_plan(plan, profile, limit_line=limit_line(plan, profile)))
-    written = str(output) if reused else f"{output}, {profile_path(output)}"
+    written = str(output) if reused else f"{output}, {profile_path(output, flags.estimate)}"
     print(f"wrote {written}", flush=True)
 
 

@@ -209,6 +209,7 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
     the profile says which may. The cuts `keep` (indices of layers) stay unless others save at least 0.1 % of the step.
     Raises InfeasibleError where nothing fits.
     """
+    from planner.intervals import with_intervals
     from planner.memory_advice import explain_infeasible
     from planner.partitioning.chain import best_plain_within
     from planner.partitioning.memory_limit import TooLittleMemoryError
@@ -243,8 +244,11 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
     )
     in_program_order = keep if keep is not None and _as_good(best, keep, request) else plain
     if in_program_order is None:
-        return _assemble(profile, request, best, best.solution.cuts, candidates)
-    return _assemble(profile, request, replace(best, chain=best.program, order=None), in_program_order, candidates)
+        plan = _assemble(profile, request, best, best.solution.cuts, candidates)
+    else:
+        kept = replace(best, chain=best.program, order=None)
+        plan = _assemble(profile, request, kept, in_program_order, candidates)
+    return with_intervals(plan, profile)
 
 
 def _solve(
@@ -385,6 +389,7 @@ def _assemble(
         links=request.links,
         machine=profile.machine,
         memory_limit_bytes=profile.machine.memory_bytes if request.memory_bytes is None else request.memory_bytes,
+        estimated=profile.estimated,
     )
 
 

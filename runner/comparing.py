@@ -7,7 +7,7 @@ tells whether the cuts are right, which is what a plan is for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from planner.errors import FileError
@@ -28,7 +28,10 @@ from runner.verdict import Verdict, find_verdict
 
 @dataclass(frozen=True, slots=True)
 class ComparedTime:
-    """A time per microbatch in ms, predicted and measured; errors are fractions, None where nothing was predicted."""
+    """A time per microbatch in ms, predicted and measured; errors are fractions, None where nothing was predicted.
+
+    `interval_ms` is half the prediction's 90 % interval, None where the plan has none.
+    """
 
     predicted_ms: float
     measured_ms: float
@@ -36,6 +39,12 @@ class ComparedTime:
     measured_spread_ms: float
     error: float | None
     raw_error: float | None
+    interval_ms: float | None = None
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the measured median lies in the prediction's 90 % interval; no scale is taken off."""
+        return None if self.interval_ms is None else abs(self.measured_ms - self.predicted_ms) <= self.interval_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +129,15 @@ class BalanceReport:
         """The largest absolute scaled error of a stage's forward or backward; 0 where nothing was predicted."""
         times = [time for stage in self.stages for time in (stage.forward, stage.backward)]
         return max((abs(time.error) for time in times if time.error is not None), default=0.0)
+
+    @property
+    def inside(self) -> tuple[int, int] | None:
+        """How many of the stages' times and the step lie in their 90 % intervals, and of how many; None without any."""
+        found = [time.inside for stage in self.stages for time in (stage.forward, stage.backward)]
+        if self.step_ms.interval is not None:
+            found.append(abs(self.step_ms.measured - self.step_ms.predicted) <= self.step_ms.interval)
+        known = [one for one in found if one is not None]
+        return (sum(known), len(known)) if known else None
 
     def within_tolerance(self, tolerance: float) -> bool:
         """Whether every stage's forward and backward, after the one scale factor, was predicted within `tolerance`.
@@ -219,9 +237,13 @@ def _stage(
         index=run.index,
         begins_at=planned.names[0] if planned.names else "",
         num_layers=len(planned.nodes),
-        forward=_time(before.forward_ms, after.forward_ms, before.forward_spread_ms, after.forward_spread_ms, scale),
-        backward=_time(
-            before.backward_ms, after.backward_ms, before.backward_spread_ms, after.backward_spread_ms, scale
+        forward=replace(
+            _time(before.forward_ms, after.forward_ms, before.forward_spread_ms, after.forward_spread_ms, scale),
+            interval_ms=before.forward_interval_ms,
+        ),
+        backward=replace(
+            _time(before.backward_ms, after.backward_ms, before.backward_spread_ms, after.backward_spread_ms, scale),
+            interval_ms=before.backward_interval_ms,
         ),
         predicted_load_ms=_load(before),
         measured_load_ms=_load(after),

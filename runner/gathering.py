@@ -65,6 +65,7 @@ def build_measurement(
             predicted=plan.scheduled_step_ms(),
             measured=wall_step_ms if step_clock == "wall" else simulated.step_ms,
             ideal=ideal_step_ms(times, plan.num_microbatches),
+            interval=plan.step_interval_ms,
         ),
         stages=tuple(
             StageMeasurement(
@@ -141,6 +142,8 @@ def _predicted(stage: Stage, transfer_forward_ms: float, transfer_backward_ms: f
         wait_ms=stage.wait_ms,
         forward_spread_ms=stage.forward_spread_ms,
         backward_spread_ms=stage.backward_spread_ms,
+        forward_interval_ms=stage.forward_interval_ms,
+        backward_interval_ms=stage.backward_interval_ms,
         transfer_forward_ms=transfer_forward_ms,
         transfer_backward_ms=transfer_backward_ms,
     )

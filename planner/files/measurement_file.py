@@ -17,17 +17,22 @@ SCHEMA = "evenstage/measurement/1"
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """The step: as planned, as measured, and with perfect balance and no bubble (total work ÷ stages)."""
+    """The step: as planned, as measured, and with perfect balance and no bubble (total work ÷ stages).
+
+    `interval` is half the 90 % interval of the predicted one, null where the plan has none.
+    """
 
     predicted: float
     measured: float
     ideal: float
+    interval: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StageFigures:
     """One stage, predicted or measured: medians per microbatch; `wait_ms` per step; `optimizer_ms` per step.
 
+    `…_interval_ms` is half the 90 % interval of a prediction, null where the plan has none and of what was measured.
     `transfer_…_ms` are the sends and receives inside the times; those of a measured stage are what its plan charges.
     """
 
@@ -40,6 +45,8 @@ class StageFigures:
     wait_ms: float | None
     forward_spread_ms: float = 0.0
     backward_spread_ms: float = 0.0
+    forward_interval_ms: float | None = None
+    backward_interval_ms: float | None = None
     transfer_forward_ms: float = 0.0
     transfer_backward_ms: float = 0.0
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from planner.errors import FileError, UsageError
 from planner.files.links_file import FREE, LinkCost, LinkFit
 from planner.files.plan_rules import refuse_bad_stage, refuse_contradictions
-from planner.files.profile_file import Machine
+from planner.files.profile_file import Machine, Peak
 from planner.files.reading import decode, dump_json, read_json, write_text
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ class Stage:
     """The prediction for one stage; times are per microbatch (`optimizer_ms` per step), sends and receives included.
 
     `load_ms` = forward_ms + backward_ms. `backward_first_ms` is the backward of the first microbatch of a step.
+    `…_spread_ms` is the standard error of the profile's samples, `…_interval_ms` half the 90 % interval of the
+    prediction (planner/intervals.py), null where it is not known.
     """
 
     index: int
@@ -101,6 +103,9 @@ class Stage:
     parameter_bytes: int
     peak_memory_bytes: int | None = None
     memory: StageMemory | None = None
+    forward_interval_ms: float | None = None
+    backward_interval_ms: float | None = None
+    load_interval_ms: float | None = None
 
     def __post_init__(self) -> None:
         refuse_bad_stage(self)
@@ -159,6 +164,9 @@ def charged(links: LinkFit | None, bandwidth_bytes_per_s: float | None) -> LinkC
 class Plan:
     """A complete plan; see the module for its file form.
 
+    `step_interval_ms` is half the 90 % interval of the predicted step. `estimated` is the peak that the times were
+    computed from where nothing was measured, else null.
+
     `split_spec()` is the plan for stock torch where it is a plain chain; `split_policy(model)` works for every model.
     """
 
@@ -187,6 +195,8 @@ class Plan:
     bandwidth_bytes_per_s: float | None
     machine: Machine | None
     memory_limit_bytes: int | None = None
+    step_interval_ms: float | None = None
+    estimated: Peak | None = None
     links: LinkFit | None = None
 
     def __post_init__(self) -> None:

@@ -50,6 +50,16 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
+class Peak:
+    """What a device does at most, which an estimate takes for granted; `source` says where the two rates are from."""
+
+    name: str
+    flops_per_s: float
+    bytes_per_s: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class LayerMemory:
     """Bytes of one layer and one microbatch; peaks are above what is alive when the layer begins.
 
@@ -114,7 +124,7 @@ class LayerProfile:
     `forward_ms` and `backward_ms` are medians per microbatch (backward accumulates into existing gradients);
     `backward_first_ms` is the backward of a step's first microbatch; `…_spread_ms` is 1.25 · MAD / √n, the standard
     error of the median. `optimizer_ms` covers the layer's own parameters; tied ones are in `Profile.tied`.
-    `memory` is null where it was not measured.
+    `memory` is null where it was not measured, `flops` (of the forward, without the loss) where they were not counted.
     """
 
     id: str
@@ -210,6 +220,10 @@ class Profile:
     `granularity` is what was asked for: layers that begin with modules, with operations, or with operations where the
     balance needs it. `training` is the digest of what is trained and how (planner/tracing/training_digest.py).
     `tracing` is null where it was not counted.
+    `estimated` is null where
+    times were measured; else they were computed from FLOPs and bytes at that peak, and nothing was run.
+    `repeats` are relative differences between profiles of this model on this machine, newest last; see
+    planner/intervals.py.
     """
 
     model: ModelReference
@@ -224,6 +238,8 @@ class Profile:
     training: str = ""
     tracing: Tracing | None = None
     granularity: Granularity = "module"
+    estimated: Peak | None = None
+    repeats: tuple[float, ...] = ()
 
     def size(self, microbatch_size: int) -> SizeProfile:
         """The measurements at `microbatch_size`. Raises FileError where that size was not profiled."""

@@ -1,4 +1,4 @@
-"""What people do today, on the same costs: equal layers, equal parameters, torchgpipe, Accelerate."""
+"""What people do today, on the same costs: equal layers, equal parameters, equal FLOPs, torchgpipe, Accelerate."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ ACCELERATE_SLACK = 1.1
 
 
 def baselines(chain: Chain, num_stages: int) -> dict[str, Cuts]:
-    """Each baseline's cuts into exactly `num_stages` stages, none empty."""
+    """Each baseline's cuts into exactly `num_stages` stages, none empty; `flops` only where they were counted."""
     parameters = held_parameter_bytes(chain)
     loads = [f + b for f, b in zip(chain.forward_ms, chain.backward_ms, strict=True)]
+    counted = chain.flops is not None and any(chain.flops)
     return {
         "equal_layers": equal_layers(chain.ids, num_stages),
         "equal_parameters": equal_sums(parameters, num_stages),
+        **({"flops": equal_sums(chain.flops or (), num_stages)} if counted else {}),
         "torchgpipe": block_partition(loads, num_stages),
         "accelerate": greedy_fill(parameters, num_stages),
     }

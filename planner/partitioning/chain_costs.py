@@ -84,6 +84,7 @@ class Chain:
     tensors: tuple[ChainTensor, ...]
     tied: tuple[ChainTied, ...]
     memory: ChainMemory | None = None
+    flops: tuple[int, ...] | None = None
     message_ms: float = 0.0
 
     def __post_init__(self) -> None:
@@ -93,6 +94,8 @@ class Chain:
             values = getattr(self, field.name)
             if field.name == "memory":
                 self._check_memory()
+            elif field.name == "flops" and values is None:
+                continue
             elif field.name == "message_ms":
                 _refuse_wrong_cost("message_ms", self.message_ms)
             elif field.name in ("tensors", "tied"):

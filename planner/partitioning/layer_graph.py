@@ -28,6 +28,7 @@ NODE_FIELDS = (
     "optimizer_ms",
     "parameter_bytes",
     "plain_cut",
+    "flops",
 )
 
 
@@ -102,8 +103,15 @@ def chain_of(graph: nx.DiGraph) -> Chain:
         tensors=tuple(_chain_tensor(tensor, order) for tensor in graph.graph.get("tensors", ())),
         tied=tuple(_chain_tied(tied, order) for tied in graph.graph.get("tied", ())),
         memory=_chain_memory(graph),
+        flops=_chain_flops(nodes),
         message_ms=float(graph.graph.get("message_ms") or 0.0),
     )
+
+
+def _chain_flops(nodes: list[dict[str, Any]]) -> tuple[int, ...] | None:
+    """The FLOPs of the layers, where every one of them has them."""
+    flops = [node.get("flops") for node in nodes]
+    return None if None in flops else tuple(int(count or 0) for count in flops)
 
 
 def _chain_memory(graph: nx.DiGraph) -> ChainMemory | None:

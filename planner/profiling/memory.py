@@ -71,8 +71,8 @@ def track_fake_step(
 
     Raises ProfileError where forward or the loss needs values.
     """
-    mode = next((p.fake_mode for piece in pieces.pieces for p in _fake_state(piece)), FakeTensorMode())
-    both = [_as_fake(mode, microbatches[0]), _as_fake(mode, microbatches[-1])]
+    mode = fake_mode_of(pieces)
+    both = [as_fake(mode, microbatches[0]), as_fake(mode, microbatches[-1])]
     live = LiveStorages(block_bytes)
     try:
         with mode, _untied(pieces):
@@ -86,12 +86,20 @@ def track_fake_step(
     return _summary(live.storages, rising, len(pieces.pieces))
 
 
+def fake_mode_of(pieces: Pieces) -> FakeTensorMode:
+    """The mode of the pieces' fake weights; where all are real, a new one that takes them for fake."""
+    modes = (tensor.fake_mode for piece in pieces.pieces for tensor in _fake_state(piece))
+    return next(modes, None) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def _fake_state(piece: Piece) -> list[FakeTensor]:
     state = [*piece.module.parameters(), *piece.module.buffers()]
     return [tensor for tensor in state if isinstance(tensor, FakeTensor)]
 
 
-def _as_fake(mode: FakeTensorMode, microbatch: Microbatch) -> Microbatch:
+def as_fake(mode: FakeTensorMode, microbatch: Microbatch) -> Microbatch:
+    """The microbatch without values: its tensors as fake ones of `mode`."""
+
     def fake(leaf: Any) -> Any:
         return mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
 

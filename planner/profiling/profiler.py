@@ -143,6 +143,8 @@ def reusable(
     from planner.tracing.loading import as_call, load_source, make_batch, rows
     from planner.tracing.training_digest import training_digest
 
+    if profile.estimated is not None:
+        return "it was estimated, not measured"
     if not profile.training:
         return "it does not say what was trained and how"
 

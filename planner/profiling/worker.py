@@ -16,8 +16,10 @@ from planner.machine.workers import as_worker
 if TYPE_CHECKING:
     import torch
 
-    from planner.files.profile_file import LayerMemory, LayerProfile, SizeProfile, TiedProfile
+    from planner.files.profile_file import LayerMemory, LayerProfile, SizeMemory, SizeProfile, TiedProfile
     from planner.machine.device import Device
+    from planner.profiling.counting import Work
+    from planner.profiling.memory import StepMemory
     from planner.profiling.opening import Opening
     from planner.profiling.optimizer_memory import OptimizerMemory
     from planner.profiling.profiler import ProfileRequest
@@ -78,7 +80,7 @@ def _write(
 
     traced, layers = sizes[0][0], sizes[0][1].layers
     Profile(
-        model=_describe_model(request, source, layers),
+        model=describe_model(source, request.seed, request.meta, layers),
         machine=machine,
         precision=request.precision,
         batch_size=request.batch_size,
@@ -93,11 +95,14 @@ def _write(
     ).save(Path(sys.argv[2]))
 
 
-def _describe_model(request: ProfileRequest, source: ModelSource, layers: tuple[LayerProfile, ...]) -> Any:
+def describe_model(
+    source: ModelSource, seed: int, meta: bool, layers: tuple[LayerProfile, ...], *, as_fake: bool = False
+) -> Any:
+    """What a profile says of its model. `as_fake`: it is built without memory here, whatever `meta` says of it."""
     from planner.files.profile_file import ModelReference
     from planner.tracing.deferred_model import build_either
 
-    model, deferred = build_either(source, request.seed, meta=request.meta)
+    model, deferred = build_either(source, seed, meta=meta or as_fake)
     blocks: dict[str, int] = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[2].isdigit():
@@ -112,7 +117,7 @@ def _describe_model(request: ProfileRequest, source: ModelSource, layers: tuple[
         num_repeated_layers=blocks.get(largest, 0),
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
         num_parameters=sum(p.numel() for p in parameters),
-        meta=deferred is not None,
+        meta=meta if as_fake else deferred is not None,
     )
 
 
@@ -142,7 +147,8 @@ def _time_trace(
     import torch.distributed as dist
 
     from planner.errors import PlannerError, ProfileError, user_frames
-    from planner.files.profile_file import SizeMemory, SizeProfile
+    from planner.files.profile_file import SizeProfile
+    from planner.profiling.counting import count_work
     from planner.profiling.memory import layer_memory, track_fake_step, track_step
     from planner.profiling.optimizer_memory import track_optimizer, track_optimizer_by_sample
     from planner.profiling.piecewise import time_pieces
@@ -157,8 +163,8 @@ def _time_trace(
     if meta:
         set_device(trace.graph_module, device.torch_device)
     pieces = build_pieces(trace)
-    groups, tied = _optimizer_groups(trace, pieces)
-    microbatches = _microbatches(batch, size, request.batch_size)
+    groups, tied = optimizer_groups(trace, pieces)
+    microbatches = microbatches_of(batch, size, request.batch_size)
     meet = _Meeting(request, size)
     try:
         if not meta:
@@ -184,24 +190,32 @@ def _time_trace(
             "correct the line shown" if user_frames(error, source.file) else "run again with --debug",
             user_frames(error, source.file),
         ) from error
+    works = count_work(pieces, microbatches[0]).layers
     dist.barrier()
     count = len(trace.layers)
     memory = layer_memory(pieces, step, optimizer[:count], tied)
     return SizeProfile(
         microbatch_size=size,
         fingerprint=trace.fingerprint,
-        layers=_layer_profiles(trace, pieces, samples, optimizer_ms[:count], memory),
-        tensors=_tensor_profiles(trace),
-        tied=_tied_profiles(trace, tied, groups[count:], optimizer_ms[count:], optimizer[count:]),
+        layers=_layer_profiles(trace, pieces, samples, optimizer_ms[:count], memory, works),
+        tensors=tensor_profiles(trace),
+        tied=tied_profiles(trace, tied, groups[count:], optimizer_ms[count:], optimizer[count:]),
         drift=_drift(samples),
-        memory=SizeMemory(
-            lifetimes=step.lifetimes,
-            gradients=step.gradients,
-            input_bytes=_tensor_bytes(microbatches[0].inputs),
-            target_bytes=_tensor_bytes(microbatches[0].targets),
-            temporaries_add=temporaries_add,
-        ),
+        memory=size_memory(step, microbatches[0], temporaries_add),
         dependencies=layer_dependencies(trace),
+    )
+
+
+def size_memory(step: StepMemory, microbatch: Microbatch, temporaries_add: bool) -> SizeMemory:
+    """What a profile keeps of a step's memory beside the layers'."""
+    from planner.files.profile_file import SizeMemory
+
+    return SizeMemory(
+        lifetimes=step.lifetimes,
+        gradients=step.gradients,
+        input_bytes=_tensor_bytes(microbatch.inputs),
+        target_bytes=_tensor_bytes(microbatch.targets),
+        temporaries_add=temporaries_add,
     )
 
 
@@ -228,7 +242,8 @@ def _to(tree: Any, device: Device) -> Any:
     return tree_map(lambda t: t.to(device.torch_device) if isinstance(t, torch.Tensor) else t, tree)
 
 
-def _microbatches(batch: tuple[Any, Any], size: int, batch_size: int) -> list[Microbatch]:
+def microbatches_of(batch: tuple[Any, Any], size: int, batch_size: int) -> list[Microbatch]:
+    """The microbatches that one round of the profile runs: the first few of the batch."""
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -244,7 +259,7 @@ def _microbatches(batch: tuple[Any, Any], size: int, batch_size: int) -> list[Mi
     return found
 
 
-def _optimizer_groups(trace: Trace, pieces: Pieces) -> tuple[list[list[torch.nn.Parameter]], list[str]]:
+def optimizer_groups(trace: Trace, pieces: Pieces) -> tuple[list[list[torch.nn.Parameter]], list[str]]:
     """Trainable parameters of every layer without the tied ones, then each tied parameter as a group of its own."""
     tied = trace.tied
     parameters: dict[str, torch.nn.Parameter] = {}
@@ -264,14 +279,15 @@ def _layer_profiles(
     samples: tuple[LayerSamples, ...],
     optimizer_ms: list[float],
     memory: tuple[LayerMemory, ...],
+    works: tuple[Work, ...],
 ) -> tuple[LayerProfile, ...]:
     from planner.files.profile_file import LayerProfile
     from planner.profiling.timing import summarise
 
     tied = trace.tied
     layers = []
-    rows = zip(trace.layers, pieces.pieces, samples, optimizer_ms, memory, strict=True)
-    for layer, piece, sample, step, sizes in rows:
+    rows = zip(trace.layers, pieces.pieces, samples, optimizer_ms, memory, works, strict=True)
+    for layer, piece, sample, step, sizes, work in rows:
         forward, forward_spread = summarise(sample.forward_ms)
         backward, backward_spread = summarise(sample.backward_ms)
         own = dict(piece.module.named_parameters())
@@ -291,6 +307,7 @@ def _layer_profiles(
                 parameter_bytes=sum(p.numel() * p.element_size() for p in untied),
                 parameters=layer.parameters,
                 plain_cut=layer.plain_cut,
+                flops=work.flops,
                 structure=piece.structure,
                 memory=sizes,
             )
@@ -298,7 +315,8 @@ def _layer_profiles(
     return tuple(layers)
 
 
-def _tensor_profiles(trace: Trace) -> Any:
+def tensor_profiles(trace: Trace) -> Any:
+    """What leaves a layer, as a profile keeps it."""
     from planner.files.profile_file import TensorProfile
 
     return tuple(
@@ -307,13 +325,14 @@ def _tensor_profiles(trace: Trace) -> Any:
     )
 
 
-def _tied_profiles(
+def tied_profiles(
     trace: Trace,
     names: list[str],
     groups: list[list[torch.nn.Parameter]],
     optimizer_ms: list[float],
     memory: list[OptimizerMemory],
 ) -> tuple[TiedProfile, ...]:
+    """The tied parameters `names`, each with its group, its optimizer's milliseconds and memory."""
     from planner.files.profile_file import TiedProfile
     from planner.tracing.gradients import attribute
 

@@ -7,7 +7,7 @@ from math import hypot
 from pathlib import PurePath
 
 from planner.files.plan_file import Baseline, Plan, Stage
-from planner.files.profile_file import Profile, Tracing
+from planner.files.profile_file import Peak, Profile, Tracing
 from planner.rendering.links_text import links_line
 from planner.rendering.table import TableColumn, table_lines
 from planner.rendering.wording import (
@@ -105,6 +105,8 @@ def _origin(plan: Plan, profile: Profile | None) -> list[str]:
 
 def _profiling(plan: Plan, profile: Profile | None) -> list[str]:
     """Seconds, rounds and spread; the spread is the largest standard error of a stage's load, as a share of it."""
+    if plan.estimated is not None:
+        return [f"estimated, not measured: {peak_words(plan.estimated)}"]
     if profile is None:
         return []
     shares = [hypot(s.forward_spread_ms, s.backward_spread_ms) / s.load_ms for s in plan.stages if s.load_ms > 0]
@@ -113,29 +115,44 @@ def _profiling(plan: Plan, profile: Profile | None) -> list[str]:
     return [f"profiled in {profile.seconds:.1f} s ({profile.num_rounds} rounds{spread})", *traced]
 
 
+def peak_words(peak: Peak) -> str:
+    """What an estimate takes for granted, in words."""
+    flops, moved = peak.flops_per_s / 1e12, peak.bytes_per_s / 1e12
+    return f"FLOPs and bytes at {flops:.3g} TFLOP/s and {moved:.3g} TB/s ({clean(peak.source)})"
+
+
 def _stage_table(plan: Plan, width: int) -> list[str]:
-    """A row per stage; a narrow terminal loses the spreads first, then the bar, then the number of layers."""
+    """A row per stage; a narrow terminal loses ± first, then the bar, then the number of layers.
+
+    ± is half the 90 % interval where the plan has it, else the standard error.
+    """
     stages = plan.stages
     largest = max(stage.load_ms for stage in stages) or 1.0
     begins = [_begin(plan, stage) for stage in stages]
     longest = max(len(begin) for begin in begins)
-    spreads = any(stage.forward_spread_ms or stage.backward_spread_ms for stage in stages)
+    known = all(stage.forward_interval_ms is not None for stage in stages)
+    spread = [(s.forward_interval_ms, s.backward_interval_ms) if known else _standard_errors(s) for s in stages]
+    spreads, sign = any(any(pair) for pair in spread), "±90 %" if known else "±"
     bar_width = max(MIN_BAR_WIDTH, min(BAR_WIDTH, width - 68 - longest))
-    forward = format_column([s.forward_ms for s in stages] + [s.forward_spread_ms for s in stages])
-    backward = format_column([s.backward_ms for s in stages] + [s.backward_spread_ms for s in stages])
+    forward = format_column([*(s.forward_ms for s in stages), *(pair[0] for pair in spread)])
+    backward = format_column([*(s.backward_ms for s in stages), *(pair[1] for pair in spread)])
     heading, memory = _memory_column(plan)
     columns = [
         TableColumn("stage", [str(stage.index) for stage in stages], left=True),
         TableColumn("begins at", begins, left=True, name=True),
         TableColumn("layers", [str(len(stage.nodes)) for stage in stages], dropped=1),
         TableColumn("forward ms", forward[: len(stages)]),
-        *([TableColumn("±", forward[len(stages) :], dropped=3)] if spreads else []),
+        *([TableColumn(sign, forward[len(stages) :], dropped=3)] if spreads else []),
         TableColumn("backward ms", backward[: len(stages)]),
-        *([TableColumn("±", backward[len(stages) :], dropped=3)] if spreads else []),
+        *([TableColumn(sign, backward[len(stages) :], dropped=3)] if spreads else []),
         TableColumn(heading, memory),
         TableColumn("load", [format_bar(stage.load_ms / largest, bar_width) for stage in stages], left=True, dropped=2),
     ]
     return table_lines(columns, width)
+
+
+def _standard_errors(stage: Stage) -> tuple[float | None, float | None]:
+    return stage.forward_spread_ms, stage.backward_spread_ms
 
 
 def _memory_column(plan: Plan) -> tuple[str, list[str]]:
@@ -165,10 +182,16 @@ def _step_figures(plan: Plan) -> list[str]:
     bubble = mean_bubble([stage.bubble_fraction for stage in plan.stages])
     return [
         f"{counted(plan.num_microbatches, 'microbatch', 'es')}{size}{chosen}",
-        f"step {format_ms(plan.scheduled_step_ms())}",
+        f"step {format_ms(plan.scheduled_step_ms())}{_step_interval(plan)}",
         *([f"bubble {format_percent(bubble)}"] if bubble is not None else []),
         *evenness,
     ]
+
+
+def _step_interval(plan: Plan) -> str:
+    if plan.estimated is not None:
+        return " (estimated)"
+    return "" if plan.step_interval_ms is None else f" ± {format_ms(plan.step_interval_ms)} (90 %)"
 
 
 def _links(plan: Plan, width: int) -> list[str]:

@@ -6,6 +6,7 @@ from math import hypot
 from pathlib import PurePath
 
 from planner.files.profile_file import Profile, SizeProfile
+from planner.rendering.plan_text import peak_words
 from planner.rendering.table import TableColumn, table_lines
 from planner.rendering.wording import (
     clean,
@@ -44,6 +45,9 @@ def _origin(profile: Profile) -> list[str]:
 def _measuring(profile: Profile) -> list[str]:
     versions = ", ".join(f"{clean(name)} {clean(version)}" for name, version in profile.machine.versions.items())
     copies = "1 copy" if profile.concurrent_copies == 1 else f"{profile.concurrent_copies} copies at once"
+    if profile.estimated is not None:
+        estimated = f"estimated, not measured: {peak_words(profile.estimated)}"
+        return [f"{estimated}, for batches of {profile.batch_size}", *([versions] if versions else [])]
     return [
         f"profiled in {profile.seconds:.1f} s ({profile.num_rounds} rounds, {copies})"
         f" for batches of {profile.batch_size}",

@@ -113,7 +113,7 @@ def shorten(name: str, width: int) -> str:
 
 def baseline_label(name: str) -> str:
     """A baseline's key as words: `equal_layers` is "equal layers"."""
-    return clean(name).replace("_", " ")
+    return "equal FLOPs" if name == "flops" else clean(name).replace("_", " ")
 
 
 def balance(loads: Iterable[float]) -> float | None:

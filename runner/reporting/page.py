@@ -30,7 +30,14 @@ from planner.rendering import (
 from runner.comparing import BalanceReport, ComparedTime
 from runner.reporting.charts import balance_chart, loss_chart, memory_chart, microbatch_chart, steps_chart
 from runner.reporting.gantt import Lane, gantt_chart
-from runner.reporting.terminal import check_words, loss_words, scale_words, setting_words, speed_up_words
+from runner.reporting.terminal import (
+    check_words,
+    interval_words,
+    loss_words,
+    scale_words,
+    setting_words,
+    speed_up_words,
+)
 from runner.verdict import plan_command
 
 if TYPE_CHECKING:
@@ -217,6 +224,7 @@ def _provenance_rows(report: BalanceReport, plan: Plan, measurement: Measurement
         ("Clock", report.clock_words),
         ("Wall clock", f"{format_ms(report.wall_step_ms)} per step here"),
         ("Scale and drift", scale_words(report)),
+        *(("Intervals", text) for text in [interval_words(report)] if text),
         ("Samples", f"{samples} microbatches behind the medians, per stage"),
     ]
 

@@ -68,6 +68,7 @@ def figures(report: BalanceReport) -> list[tuple[str, str]]:
         *(("check", check_words(report.check)) for _ in [0] if report.check is not None),
         *(("loss", text) for text in [loss_words(report)] if text),
         ("scale", scale_words(report)),
+        *(("intervals", text) for text in [interval_words(report)] if text),
         ("clock", report.clock_words),
     ]
     return found
@@ -115,6 +116,24 @@ def scale_words(report: BalanceReport) -> str:
         hidden = f" (all stages, taken off the errors above; raw they are {low} to {high})"
     drift = "not measured" if report.drift is None else format_percent(report.drift, signed=True)
     return f"measured ÷ predicted {report.scale:.3f}{hidden}; drift of the machine {drift}"
+
+
+def interval_words(report: BalanceReport) -> str:
+    """How many measured times lie in the 90 % interval of their prediction, and which do not; empty without any."""
+    if report.inside is None:
+        return ""
+    number, all_of_them = report.inside
+    outside = [
+        f"{name} of stage {stage.index}"
+        for stage in report.stages
+        for name, time in (("forward", stage.forward), ("backward", stage.backward))
+        if time.inside is False
+    ]
+    interval, step = report.step_ms.interval, report.step_ms
+    if interval is not None and abs(step.measured - step.predicted) > interval:
+        outside.append("step")
+    words = f"{number} of {all_of_them} times, raw, inside the 90 % interval of their prediction"
+    return f"{words}; outside: {', '.join(outside)}" if outside else words
 
 
 def setting_words(report: BalanceReport) -> str:

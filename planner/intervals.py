@@ -1,0 +1,152 @@
+"""How sure a prediction is: 90 % intervals from a profile's own spread and from how the machine drifts.
+
+Two errors are told apart. Each layer's median has a standard error of its own, from the spread of its samples; these
+add up by their squares. And the machine as a whole is faster at one time than at another, which moves all layers alike
+and does not average out. That is estimated from what was seen of it: the two halves of every size's rounds, and the
+profiles of this model that were made before (`Profile.repeats`). Few such observations say little, so they count with
+Student's quantile, not the normal one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import hypot, pi, sqrt, tan
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+from planner.scheduling.simulation import StageTimes, simulate
+
+if TYPE_CHECKING:
+    from planner.files.plan_file import Plan, Stage
+    from planner.files.profile_file import Profile, SizeProfile
+
+COVERAGE = 0.9
+MOST_REPEATS = 16
+# Halves differ by twice the variance of one period; the mean of both differs from a new period by 1.5 times it.
+NEW_PERIOD_OVER_HALVES = 1.5 / 2
+
+
+def student_quantile(degrees: int, probability: float = (1 + COVERAGE) / 2) -> float:
+    """The quantile of Student's distribution: exact for 1 and 2 degrees of freedom, within 0.5 % from 3 on.
+
+    >>> [round(student_quantile(degrees), 2) for degrees in (1, 2, 3, 10, 1000)]
+    [6.31, 2.92, 2.35, 1.81, 1.65]
+    """
+    if degrees == 1:
+        return tan(pi * (probability - 0.5))
+    if degrees == 2:
+        return (2 * probability - 1) / sqrt(2 * probability * (1 - probability))
+    z = NormalDist().inv_cdf(probability)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+@dataclass(frozen=True, slots=True)
+class Uncertainty:
+    """The relative standard deviation that all times share (a fraction), and how many observations say so."""
+
+    deviation: float
+    observations: int
+
+    def half_width_ms(self, value_ms: float, standard_error_ms: float) -> float:
+        """Half the 90 % interval of a predicted time, from its size and the standard error of its own samples.
+
+        The two half-widths are added by their squares. Where both matter and one observation is all there is, that
+        is up to 96 % instead of 90; combined degrees of freedom would be down to 82 % there.
+        """
+        own = NormalDist().inv_cdf((1 + COVERAGE) / 2) * standard_error_ms
+        if self.observations == 0:
+            return own
+        return hypot(student_quantile(self.observations) * self.deviation * value_ms, own)
+
+
+def machine_uncertainty(halves: Sequence[float], repeats: Sequence[float] = ()) -> Uncertainty:
+    """How far the whole machine may be off, from differences between halves of a profile and between profiles.
+
+    What profiles made at different times showed is the floor: halves of one profile are close together in time.
+    """
+    squares = [NEW_PERIOD_OVER_HALVES * half * half for half in halves] + [repeat * repeat for repeat in repeats]
+    if not squares:
+        return Uncertainty(0.0, 0)
+    floor = sum(repeat * repeat for repeat in repeats) / len(repeats) if repeats else 0.0
+    return Uncertainty(sqrt(max(sum(squares) / len(squares), floor)), len(squares))
+
+
+def uncertainty_of(profile: Profile) -> Uncertainty:
+    """What a profile, measured at all its sizes in one go, says of the machine."""
+    return machine_uncertainty([size.drift for size in profile.sizes], profile.repeats)
+
+
+def with_intervals(plan: Plan, profile: Profile) -> Plan:
+    """`plan` with the 90 % interval of every stage's times and of the step; of an estimate nothing is known."""
+    if profile.estimated is not None:
+        return plan
+    sure = uncertainty_of(profile)
+    return replace(
+        plan,
+        stages=tuple(_stage_with_intervals(stage, sure) for stage in plan.stages),
+        step_interval_ms=sure.half_width_ms(plan.scheduled_step_ms(), _step_error_ms(plan)),
+    )
+
+
+def _stage_with_intervals(stage: Stage, sure: Uncertainty) -> Stage:
+    load_error = hypot(stage.forward_spread_ms, stage.backward_spread_ms)
+    return replace(
+        stage,
+        forward_interval_ms=sure.half_width_ms(stage.forward_ms, stage.forward_spread_ms),
+        backward_interval_ms=sure.half_width_ms(stage.backward_ms, stage.backward_spread_ms),
+        load_interval_ms=sure.half_width_ms(stage.load_ms, load_error),
+    )
+
+
+def _step_error_ms(plan: Plan) -> float:
+    """The step's standard error: by how much it moves where one stage's time moves by its own, over all stages."""
+    times = [StageTimes(s.forward_ms, s.backward_ms, s.backward_first_ms, s.optimizer_ms) for s in plan.stages]
+
+    def step(changed: StageTimes, index: int) -> float:
+        return simulate([*times[:index], changed, *times[index + 1 :]], plan.num_microbatches, _schedule(plan)).step_ms
+
+    base = step(times[0], 0)
+    moves = []
+    for index, (own, stage) in enumerate(zip(times, plan.stages, strict=True)):
+        forward, backward = stage.forward_spread_ms, stage.backward_spread_ms
+        moves.append(step(replace(own, forward_ms=own.forward_ms + forward), index) - base)
+        slower = replace(
+            own, backward_ms=own.backward_ms + backward, backward_first_ms=own.backward_first_ms + backward
+        )
+        moves.append(step(slower, index) - base)
+    return hypot(*moves)
+
+
+def _schedule(plan: Plan) -> str:
+    return plan.schedule or "gpipe"
+
+
+def profile_drift(before: Profile, after: Profile) -> float | None:
+    """How much slower (or, negative, faster) the machine was at the second of two profiles of one model; a fraction.
+
+    None where they have no size of the same model in common, or are of other devices.
+    """
+    if before.estimated is not None or after.estimated is not None:
+        return None
+    if (before.machine.device_name, before.machine.versions) != (after.machine.device_name, after.machine.versions):
+        return None
+    older = {(size.fingerprint, size.microbatch_size): size for size in before.sizes}
+    pairs = [(older[key], size) for size in after.sizes if (key := (size.fingerprint, size.microbatch_size)) in older]
+    first, second = sum(_total_ms(size) for size, _ in pairs), sum(_total_ms(size) for _, size in pairs)
+    return second / first - 1 if first > 0 else None
+
+
+def _total_ms(size: SizeProfile) -> float:
+    return sum(layer.forward_ms + layer.backward_ms for layer in size.layers)
+
+
+def with_repeat(profile: Profile, older: Profile) -> Profile:
+    """`profile` with what an older one of the same model on the same machine showed of its drift."""
+    drift = profile_drift(older, profile)
+    if drift is None:
+        return profile
+    return replace(profile, repeats=(*profile.repeats, *older.repeats, drift)[-MOST_REPEATS:])

@@ -1,0 +1,131 @@
+"""What the benchmarks make of measurements: errors, intervals, drift, and how far a choice is off the best."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import microbatches, prediction
+from benchmarks.prediction import Bench, Figure, Run, figures, lines, summary
+from planner.files.measurement_file import Measurement
+from planner.files.profile_file import LayerProfile, Machine, ModelReference, Profile, SizeProfile
+from planner.planning import PlanRequest, plan_profile
+from planner.scheduling.simulation import StageTimes
+from tests.sample_values import make_measurement_value
+
+MACHINE = Machine("cpu", "a clock", 1, {})
+
+
+def profile(factor: float, sizes: tuple[int, ...] = (2,)) -> Profile:
+    layers = tuple(
+        LayerProfile(str(i), str(i), "Linear", i, factor * (1 + i), 0.0, factor, 0.0, factor, 0.0, 8, (), True)
+        for i in range(4)
+    )
+    found = tuple(SizeProfile(size, f"trace {size}", layers, (), (), 0.01) for size in sizes)
+    return Profile(ModelReference("model.py", "model"), MACHINE, "fp32", 16, 5, 0.0, 1, found)
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, factors: list[float]) -> tuple[Bench, list[float]]:
+    """A bench whose machine is slower by each of `factors` in turn, and whose runs take what was planned."""
+    made: list[float] = []
+
+    def profiled(model: str, **wanted: object) -> Profile:
+        made.append(factors[len(made)])
+        return profile(made[-1])
+
+    def runs(plan, folder: Path, *, steps: int, rehearse: bool) -> Measurement:
+        times = [StageTimes(s.forward_ms, s.backward_ms, s.backward_first_ms, s.optimizer_ms) for s in plan.stages]
+        measurement = make_measurement_value(plan, times, peak_memory_bytes=None)
+        measurement.save(folder / "measurement.json")
+        return measurement
+
+    monkeypatch.setattr(prediction, "profile_model", profiled)
+    monkeypatch.setattr(prediction, "run", runs)
+    return Bench(Path("model.py"), rehearse=True, num_rounds=5), made
+
+
+def test_a_run_that_drifted_is_kept_marked_and_made_once_more(monkeypatch: pytest.MonkeyPatch):
+    bench_, made = bench(monkeypatch, [1.0, 1.2, 1.2, 1.21])
+    runs = list(bench_.runs([2], ["gpipe", "1f1b"], steps=3))
+    assert [(run.schedule, run.again, run.drifted) for run in runs] == [
+        ("gpipe", False, True),
+        ("gpipe", True, False),
+        ("1f1b", False, False),
+    ]
+    assert [run.drift for run in runs] == pytest.approx([0.2, 0.0, 1.21 / 1.2 - 1], abs=1e-9)
+    assert made == [1.0, 1.2, 1.2, 1.21]
+    assert "(over 5 %)" in lines(runs[0])[0]
+    assert "repeated" in lines(runs[1])[0]
+    text = "\n".join(summary(runs))
+    assert "3 runs, 1 of them with a drift above 5%" in text
+    assert "worst 20.0%" in text
+
+
+def test_it_drifts_twice_and_is_not_made_a_third_time(monkeypatch: pytest.MonkeyPatch):
+    bench_, _ = bench(monkeypatch, [1.0, 1.2, 1.5])
+    assert [run.drifted for run in bench_.runs([2], ["gpipe"], steps=3)] == [True, True]
+
+
+def test_what_the_machine_showed_widens_later_intervals(monkeypatch: pytest.MonkeyPatch):
+    bench_, _ = bench(monkeypatch, [1.0, 1.04, 1.04])
+    list(bench_.runs([2], ["gpipe", "1f1b"], steps=3))
+    assert bench_.latest[1].repeats == pytest.approx((0.04, 0.0))
+
+
+def test_figures_have_raw_errors_errors_of_the_share_and_intervals():
+    plan = plan_profile(profile(1.0), PlanRequest(2, microbatches=8))
+    times = [StageTimes(s.forward_ms * 1.1, s.backward_ms * 1.1, s.backward_first_ms, 0.0) for s in plan.stages]
+    measurement = replace(make_measurement_value(plan, times), scale=1.1)
+    forward, backward, *_ = figures(measurement)
+    assert (forward.what, forward.stage, backward.what) == ("forward", 0, "backward")
+    assert forward.error == pytest.approx(0.1)
+    assert forward.share_error == pytest.approx(0.0)
+    assert forward.inside is None
+    assert [figure.what for figure in figures(measurement)[-2:]] == ["backward", "simulated"]
+    by_the_wall = figures(replace(measurement, step_clock="wall"))[-2:]
+    assert [figure.what for figure in by_the_wall] == ["step", "simulated"]
+    assert by_the_wall[0].measured == measurement.step_ms.measured
+    wide, narrow = Figure("step", None, 100.0, 104.0, 1.0, 5.0), Figure("step", None, 100.0, 104.0, 1.0, 3.0)
+    assert (wide.inside, narrow.inside, wide.width) == (True, False, 0.1)
+
+
+def test_the_summary_counts_what_it_says():
+    found = (
+        Figure("forward", 0, 10.0, 10.4, 1.0, 0.5),
+        Figure("backward", 0, 10.0, 9.0, 1.0, 0.5),
+        Figure("memory", 0, 100.0, 101.0),
+        Figure("step", None, 10.0, 10.1, 1.0, 0.2),
+    )
+    text = "\n".join(summary([Run("model", 2, "gpipe", 0.0, False, found)]))
+    assert "forward   median 4.0%, worst +4.0%" in text
+    assert "backward  median 10.0%, worst -10.0%" in text
+    assert "under the measured peak in 1 of 1" in text
+    assert "1 of 2 stage times inside (50%), 1 of 1 steps; median width 10.0%" in text
+    assert summary([]) == ["\n0 runs, 0 of them with a drift above 5%"]
+
+
+def test_how_far_the_chosen_count_is_off_the_best():
+    measured = profile(1.0, (1, 2, 4))
+    chosen, plans = microbatches.plans_by_count(measured, PlanRequest(2))
+    assert set(plans) == {4, 8, 16}
+    best = next(count for count in plans if count != chosen)
+    rehearsed = {count: [12.0, 11.0, 13.0] for count in plans}
+    rehearsed[best] = [10.0, 10.0, 10.0]
+    text = microbatches.table(plans, rehearsed, chosen)
+    assert text[-1] == f"the chosen {chosen} is 20.0% off the best of 3 counts tried"
+    assert sum("best" in line and "chosen" not in line for line in text[1:-1]) == 1
+
+
+def test_counts_take_turns(monkeypatch: pytest.MonkeyPatch):
+    _, plans = microbatches.plans_by_count(profile(1.0, (1, 2, 4)), PlanRequest(2))
+    order: list[int] = []
+
+    def runs(plan, folder: Path, *, steps: int, rehearse: bool) -> Measurement:
+        order.append(plan.num_microbatches)
+        times = [StageTimes(1.0, 1.0, 1.0, 0.0) for _ in plan.stages]
+        return make_measurement_value(plan, times)
+
+    monkeypatch.setattr(microbatches, "run", runs)
+    found = microbatches.rehearsed_ms(plans, 2, 3)
+    assert order == [*plans, *plans]
+    assert {len(values) for values in found.values()} == {2}
