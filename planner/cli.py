@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from planner.command import guarded, stdout_to_stderr
 from planner.errors import RunError, UsageError
 from planner.files.plan_rules import MAX_SEED
+from planner.links_command import add_link_flags, given_links, linked, refuse_link_flags
 from planner.run_flags import add_run_flags, run_arguments, whole_number
 from planner.version import version
 
@@ -58,13 +59,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     costs.add_argument("--microbatches", type=_microbatches, default="auto", metavar="N|auto", help="default: auto")
     costs.add_argument("--schedule", choices=["gpipe", "1f1b"], default="gpipe", help="default: gpipe")
-    costs.add_argument("--precision", choices=["fp32"], default="fp32", help="default: fp32")
+    costs.add_argument("--precision", type=_precision, metavar="fp32|bf16", help="default: the model's, else fp32")
     costs.add_argument(
         "--bandwidth",
         type=_bandwidth,
         metavar="RATE",
         help="of each link: 12GB/s (bytes), 100Gb/s (bits); default: free",
     )
+    add_link_flags(costs)
     costs.add_argument(
         "--memory", type=_memory, metavar="SIZE", help="what each stage may need, e.g. 24GiB (default: the GPU's)"
     )
@@ -100,6 +102,7 @@ def run(flags: argparse.Namespace) -> int:
         print(Path(__file__).with_name("example_model.py").read_text(encoding="utf-8"), end="")
         return 0
     _refuse_drawing(flags)
+    refuse_link_flags(flags)
     _take_configuration(flags)
     if flags.from_measurement is not None:
         return _plan_again(flags)
@@ -117,6 +120,7 @@ def _make(flags: argparse.Namespace) -> tuple[Plan, Profile, bool, Path]:
     request, output = _request(flags), _output(flags)
     _refuse_bad_targets(flags, output)
     profile, reused = _profile(flags, request, output)
+    request = linked(flags, request, profile, output)
     from planner.planning import plan_profile, relative_to
 
     plan = plan_profile(profile, request)
@@ -125,7 +129,7 @@ def _make(flags: argparse.Namespace) -> tuple[Plan, Profile, bool, Path]:
     if flags.draw is not None:
         from planner.partitioning.layer_graph import build_layer_graph
 
-        _draw(flags, plan, build_layer_graph(profile.size(plan.microbatch_size), plan.bandwidth_bytes_per_s))
+        _draw(flags, plan, build_layer_graph(profile.size(plan.microbatch_size), plan.link_cost()))
     return plan, profile, reused, output
 
 
@@ -169,6 +173,8 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         schedule=flags.schedule,
         memory_bytes=flags.memory,
         meta=flags.meta,
+        links=given_links(flags),
+        precision=flags.precision,
     )
 
 
@@ -244,7 +250,7 @@ def _refuse_for_graph(flags: argparse.Namespace) -> None:
     if flags.gpus is None:
         raise UsageError("no --gpus", "the number of stages is needed", example)
     given = {"a model file": flags.model, "--profile": flags.profile, "--train": flags.train or None}
-    given["--meta"] = flags.meta or None
+    given |= {"--meta": flags.meta or None, "--precision": flags.precision}
     if wrong := [name for name, value in given.items() if value is not None]:
         raise UsageError(f"--graph and {wrong[0]}", "a plan comes from one source, and a graph cannot be run", example)
     if flags.objective is not None and (flags.cut_at is not None or flags.microbatches is not None):
@@ -325,7 +331,7 @@ def with_model_file(profile: Profile, path: Path) -> Profile:
 
 
 def _reusable_profile(model: str, request: PlanRequest, path: Path) -> tuple[Profile | None, str]:
-    from planner.planning import candidate_counts, resolve_batch_size
+    from planner.planning import candidate_counts, resolve_batch_size, resolve_precision
     from planner.profiling.profiler import load_if_fitting
 
     if not path.exists():
@@ -333,7 +339,7 @@ def _reusable_profile(model: str, request: PlanRequest, path: Path) -> tuple[Pro
     batch_size = resolve_batch_size(model, request)
     sizes = tuple(batch_size // count for count in candidate_counts(batch_size, request))
     wanted: dict[str, Any] = {"batch_size": batch_size, "sizes": sizes, "device": request.device, "seed": request.seed}
-    wanted["meta"] = request.meta
+    wanted |= {"meta": request.meta, "precision": resolve_precision(model, request)}
     return load_if_fitting(path, model=model, **wanted)
 
 
@@ -374,6 +380,14 @@ def _train(flags: argparse.Namespace, output: Path) -> int:
 
 def _microbatches(text: str) -> int | None:
     return None if text == "auto" else whole_number(1)(text)
+
+
+def _precision(text: str) -> str:
+    if text in ("fp32", "bf16"):
+        return text
+    from planner.tracing.loading import FP16_RULE
+
+    raise argparse.ArgumentTypeError(FP16_RULE if text == "fp16" else f"got {text!r}; it is fp32 or bf16")
 
 
 def _memory(text: str) -> int:

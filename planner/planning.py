@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner.errors import UsageError
+from planner.files.links_file import LinkCost, LinkFit, Links
 from planner.files.plan_file import (
     Baseline,
     CurvePoint,
@@ -18,6 +19,7 @@ from planner.files.plan_file import (
     PlannedModel,
     SolverRecord,
     Stage,
+    charged,
     tied_over,
 )
 from planner.files.plan_rules import MAX_SEED
@@ -41,7 +43,7 @@ class PlanRequest:
     """What a plan is wanted for. `microbatches` None means: choose.
 
     `memory_bytes` is what each stage may need; None means what the profiled device has, and on a CPU no limit. `meta`:
-    the whole model may not fit into memory.
+    the whole model may not fit into memory. `precision` None means the model file's, else fp32.
     """
 
     gpus: int
@@ -54,16 +56,24 @@ class PlanRequest:
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
     memory_bytes: int | None = None
     meta: bool = False
+    links: LinkFit | None = None
+    precision: Literal["fp32", "bf16"] | None = None
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise UsageError(f"--gpus {self.gpus}", "a plan has at least one stage", "give --gpus 1 or more")
+        if self.links is not None and self.bandwidth_bytes_per_s is not None:
+            raise UsageError("links and a bandwidth", "crossings are charged by one of the two", "leave one out")
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(
                 f"seed {self.seed}", f"a seed is a whole number from 0 to {MAX_SEED:,}", "give another one"
             )
         if self.schedule == "1f1b" and self.microbatches is not None and self.microbatches < self.gpus:
             raise too_few_microbatches(self.microbatches, self.gpus)
+
+    def link_cost(self) -> LinkCost:
+        """What every crossing is charged."""
+        return charged(self.links, self.bandwidth_bytes_per_s)
 
 
 def make_plan(
@@ -79,14 +89,29 @@ def make_plan(
     schedule: Literal["gpipe", "1f1b"] = "gpipe",
     memory_bytes: int | None = None,
     meta: bool = False,
+    links: Links | None = None,
+    precision: Literal["fp32", "bf16"] | None = None,
     progress: Progress = lambda share, text: None,
 ) -> Plan:
     """Plan `source` (a model file, or a Profile of one) for `gpus` stages.
 
+    `links` (`Links.load(path)`, or measured by `planner.machine.links`) take the place of a bandwidth.
+
     Raises ModelFileError, TraceError, ProfileError, InfeasibleError or UsageError; see `planner.errors`.
     """
     request = PlanRequest(
-        gpus, batch_size, microbatches, device, bandwidth_bytes_per_s, plain, seed, schedule, memory_bytes, meta
+        gpus,
+        batch_size,
+        microbatches,
+        device,
+        bandwidth_bytes_per_s,
+        plain,
+        seed,
+        schedule,
+        memory_bytes,
+        meta,
+        None if links is None else links.fit,
+        precision,
     )
     profile = source if isinstance(source, Profile) else measure(str(source), request, progress)
     return plan_profile(profile, request)
@@ -106,6 +131,7 @@ def measure(model: str, request: PlanRequest, progress: Progress = lambda share,
         device=request.device,
         seed=request.seed,
         meta=request.meta,
+        precision=resolve_precision(model, request),
         progress=progress,
     )
 
@@ -117,6 +143,20 @@ def resolve_batch_size(model: str, request: PlanRequest) -> int:
     from planner.tracing.loading import load_source
 
     return load_source(model).batch_size or DEFAULT_BATCH_SIZE
+
+
+def resolve_precision(model: str, request: PlanRequest) -> Literal["fp32", "bf16"]:
+    """The precision asked for, else the model file's, else fp32. Raises UsageError where they contradict each other."""
+    from planner.tracing.loading import load_source
+
+    stated = load_source(model).precision
+    if request.precision is not None and stated not in (None, request.precision):
+        raise UsageError(
+            f'--precision {request.precision}, and PRECISION = "{stated}" in the model file',
+            "a model is trained in one precision",
+            f"leave out --precision, or PRECISION in {Path(model.partition(':')[0]).name}",
+        )
+    return request.precision or stated or "fp32"
 
 
 def candidate_counts(batch_size: int, request: PlanRequest) -> tuple[int, ...]:
@@ -168,6 +208,12 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
     from planner.partitioning.chain import best_plain_within
     from planner.partitioning.memory_limit import TooLittleMemoryError
 
+    if request.precision not in (None, profile.precision):
+        raise UsageError(
+            f"--precision {request.precision} with a profile that was made in {profile.precision}",
+            "times and bytes hold for the precision that they were measured in",
+            f"leave out --precision, or profile the model again with --precision {request.precision}",
+        )
     batch_size = profile.batch_size if request.batch_size is None else request.batch_size
     limit = memory_limit(profile, request)
     candidates, refused = [], []
@@ -205,7 +251,7 @@ def _solve(
     from planner.partitioning.layer_graph import build_layer_graph, chain_of
     from planner.partitioning.orders import SEARCH_S, Problem, solve_in_any_order
 
-    graph = build_layer_graph(size, request.bandwidth_bytes_per_s)
+    graph = build_layer_graph(size, request.link_cost())
     if request.plain or size.dependencies is None:
         chain = chain_of(graph)
         solution = solve_chain(chain, request.gpus, count, plain=request.plain, schedule=request.schedule, memory=limit)
@@ -241,7 +287,7 @@ def chain_at(profile: Profile, microbatch_size: int, request: PlanRequest) -> Ch
     """The chain that is solved for one microbatch size."""
     from planner.partitioning.layer_graph import build_layer_graph, chain_of
 
-    return chain_of(build_layer_graph(profile.size(microbatch_size), request.bandwidth_bytes_per_s))
+    return chain_of(build_layer_graph(profile.size(microbatch_size), request.link_cost()))
 
 
 def memory_limit(profile: Profile, request: PlanRequest) -> MemoryLimit | None:
@@ -287,7 +333,7 @@ def profiled_counts(profile: Profile, batch_size: int, request: PlanRequest) -> 
 def _assemble(
     profile: Profile, request: PlanRequest, best: _Candidate, cuts: tuple[int, ...], candidates: Sequence[_Candidate]
 ) -> Plan:
-    from planner.partitioning.chain_costs import crossing, is_plain, step_ms
+    from planner.partitioning.chain_costs import is_plain, step_ms
 
     chain, solution, count = best.chain, best.solution, best.num_microbatches
     step = step_ms(chain, cuts, count, request.schedule)
@@ -312,7 +358,7 @@ def _assemble(
         schedule=request.schedule,
         num_microbatches=count,
         microbatch_size=best.size.microbatch_size,
-        precision="fp32",
+        precision=profile.precision,
         seed=request.seed,
         data_parallel=1,
         step_ms=step,
@@ -321,10 +367,7 @@ def _assemble(
         split_specification={chain.names[cut]: "beginning" for cut in cuts} if plain else None,
         order=None if best.order is None else chain.ids,
         recompute=(),
-        cuts=tuple(
-            Cut(chain.ids[c], tuple(t.name for t in crossing(chain, c)), sum(t.num_bytes for t in crossing(chain, c)))
-            for c in cuts
-        ),
+        cuts=_cuts(chain, cuts),
         stages=_stages(chain, cuts, count, request.schedule, profile.machine.reserved_bytes),
         baselines=_baselines(best.program, request, count, memory_limit(profile, request)),
         microbatch_curve=tuple(
@@ -333,9 +376,23 @@ def _assemble(
         ),
         tied=tied_over(cuts, {tied.name: tied.layers for tied in chain.tied if tied.trainable}),
         bandwidth_bytes_per_s=request.bandwidth_bytes_per_s,
+        links=request.links,
         machine=profile.machine,
         memory_limit_bytes=profile.machine.memory_bytes if request.memory_bytes is None else request.memory_bytes,
     )
+
+
+def _cuts(chain: Chain, cuts: tuple[int, ...]) -> tuple[Cut, ...]:
+    from planner.partitioning.chain_costs import crossing, crossing_ms
+
+    forward, backward = crossing_ms(chain)
+    found = []
+    for cut in cuts:
+        tensors = crossing(chain, cut)
+        num_bytes = sum(tensor.num_bytes for tensor in tensors)
+        names = tuple(tensor.name for tensor in tensors)
+        found.append(Cut(chain.ids[cut], names, num_bytes, forward[cut], backward[cut]))
+    return tuple(found)
 
 
 def _why_not_plain(profile: Profile, best: _Candidate, cuts: tuple[int, ...]) -> str:
@@ -431,7 +488,7 @@ def planned_chain(size: SizeProfile, plan: Plan) -> Chain:
     from planner.partitioning.layer_dag import layer_dag
     from planner.partitioning.layer_graph import build_layer_graph
 
-    dag = layer_dag(build_layer_graph(size, plan.bandwidth_bytes_per_s), size.dependencies)
+    dag = layer_dag(build_layer_graph(size, plan.link_cost()), size.dependencies)
     order = dag.chain.ids if plan.order is None else plan.order
     return dag.in_order([dag.chain.ids.index(str(name)) for name in order])
 

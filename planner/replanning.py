@@ -49,7 +49,7 @@ def replan(profile: Profile, measurements: Sequence[Measurement], request: PlanR
     runs = [_run(size, measurement) for measurement in measurements]
     found = attribute(size, runs)
     corrected = replace(profile, sizes=(found.size,))
-    chain = chain_of(build_layer_graph(found.size, request.bandwidth_bytes_per_s))
+    chain = chain_of(build_layer_graph(found.size, request.link_cost()))
 
     def step(cuts: Cuts) -> float:
         return step_ms(chain, cuts, newest.num_microbatches, request.schedule)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.errors import UsageError
+from planner.links_command import linked
 from planner.rendering import render_plan
 from planner.rendering.attribution_text import render_attribution, render_outcome
 
@@ -44,7 +45,9 @@ def plan_again(flags: argparse.Namespace, load_profile: Callable[[Path], Profile
             "a measurement corrects the profile that its plan was made from",
             "give it with --profile FILE",
         )
-    found = replan(load_profile(file), measurements, _request(flags, newest))
+    profile, output = load_profile(file), Path(f"{newest.name}.replanned.plan.json")
+    request = linked(flags, _request(flags, newest), profile, output)
+    found = replan(profile, measurements, request)
     text = "\n\n".join(
         [
             render_attribution(found.attribution),
@@ -52,7 +55,7 @@ def plan_again(flags: argparse.Namespace, load_profile: Callable[[Path], Profile
             render_plan(found.plan, found.profile, limit_line=limit_line(found.plan, found.profile)),
         ]
     )
-    return PlannedAgain(found.plan, text, Path(f"{newest.name}.replanned.plan.json"))
+    return PlannedAgain(found.plan, text, output)
 
 
 def _request(flags: argparse.Namespace, newest: Measurement) -> PlanRequest:
@@ -80,6 +83,7 @@ def _refuse_other_sources(flags: argparse.Namespace) -> None:
         "--microbatches": flags.microbatches,
         "--objective": flags.objective,
         "--cut-at": flags.cut_at,
+        "--precision": flags.precision,
     }
     if wrong := [name for name, value in given.items() if value is not None]:
         raise UsageError(

@@ -14,18 +14,21 @@ from planner.files.plan_file import Plan
 from planner.machine.device import Device
 from planner.tracing.deferred_model import build_either
 from planner.tracing.loading import ModelSource, as_call, rows
+from planner.tracing.precision import autocast
 from planner.tracing.randomness import DropoutAsIdentity
 from planner.tracing.rewriting import canonical_names
 from runner.initial_weights import initial_weights
 from runner.weight_files import WeightFiles
 
-TOLERANCE = 1e-5
+TOLERANCES = {"fp32": 1e-5, "bf16": 2.0**-6}
+SMALL_GRADIENT = 1e-3
 
 
 @dataclass(slots=True)
 class Worst:
     """The largest difference so far; and the largest in the first step that had one above the tolerance."""
 
+    tolerance: float
     difference: float = 0.0
     name: str = ""
     first: tuple[int, float, str] | None = None
@@ -35,7 +38,9 @@ class Worst:
         difference = float("inf") if difference != difference else difference
         if difference > self.difference or not self.name:
             self.difference, self.name = difference, name
-        if difference > TOLERANCE and (self.first is None or (self.first[0] == step and difference > self.first[1])):
+        if difference > self.tolerance and (
+            self.first is None or (self.first[0] == step and difference > self.first[1])
+        ):
             self.first = (step, difference, name)
 
 
@@ -50,7 +55,8 @@ class Reference:
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.names = canonical_names(self.model)
         self.optimizer = source.make_optimizer(list(self.parameters.values()))
-        self.loss, self.gradient, self.parameter = Worst(), Worst(), Worst()
+        self.tolerance = TOLERANCES[plan.precision]
+        self.loss, self.gradient, self.parameter = (Worst(self.tolerance) for _ in range(3))
         self.steps = 0
 
     def backward(self, batch: tuple[Any, Any]) -> float:
@@ -61,9 +67,9 @@ class Reference:
         batch = tree_map(lambda t: t.to(self.device) if isinstance(t, torch.Tensor) else t, batch)
         for start in range(0, self.plan.batch_size, size):
             args, kwargs = as_call(rows(batch[0], start, start + size))
-            with DropoutAsIdentity():
+            with DropoutAsIdentity(), autocast(self.plan.precision, self.device.type):
                 output = self.model(*args, **kwargs)
-            loss = self.source.loss_fn(output, rows(batch[1], start, start + size))
+                loss = self.source.loss_fn(output, rows(batch[1], start, start + size))
             loss.backward()
             losses.append(loss.detach().reshape(()))
         if self.source.loss_reduction == "sum":
@@ -78,6 +84,7 @@ class Reference:
 
         Raises CheckError for a gradient that only one side has.
         """
+        small = self._small_gradient()
         self.loss.see(abs(loss - own_loss), "the batch", step)
         for name, parameter in self.parameters.items():
             got = gradients.get(name)
@@ -90,9 +97,19 @@ class Reference:
                     "report this model: the split lost a parameter",
                 )
             expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            self.gradient.see(_difference(got, expected), name, step)
+            self.gradient.see(_difference(got, expected, small), name, step)
         self.optimizer.step()
         self.steps += 1
+
+    def _small_gradient(self) -> float:
+        """Below this, gradients are compared absolutely: 1 in fp32, in bf16 a thousandth of the largest of all.
+
+        bf16 allows so much that an absolute difference would let any gradient pass that is small as a whole.
+        """
+        if self.plan.precision == "fp32":
+            return 1.0
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None and p.grad.numel()]
+        return SMALL_GRADIENT * max((float(gradient.abs().max()) for gradient in gradients), default=0.0)
 
     def compare_parameters(self, weights: dict[str, torch.Tensor], step: int) -> None:
         """Hold weights, by name in the model's state_dict, against the reference's (step -1: as they were built)."""
@@ -100,6 +117,14 @@ class Reference:
             if name not in weights:
                 raise CheckError(f"no stage has {name}", "every weight of the model is in one stage")
             self.parameter.see(_difference(weights[name], expected), name, step)
+
+    def _rule(self) -> str:
+        if self.plan.precision == "fp32":
+            return f"differences stay within {self.tolerance:g} (relative above 1) in float32"
+        return (
+            f"differences from eager autocast stay within {self.tolerance:g}, four roundings to bfloat16 (gradients"
+            " relative to their largest value, others above 1)"
+        )
 
     def result(self, dropout_disabled: bool) -> CheckResult:
         """The largest differences. Raises CheckError, naming the parameter, where one exceeds the tolerance."""
@@ -115,7 +140,7 @@ class Reference:
             raise CheckError(
                 f"the split model is not the unsplit one: the {kind} of {name} differs by {difference:.3g} {when}"
                 + (f" (also {', '.join(others)})" if others else ""),
-                f"differences stay within {TOLERANCE:g} (relative above 1) in float32",
+                self._rule(),
                 "do not trust this run; report the model",
             )
         return CheckResult(
@@ -128,13 +153,13 @@ class Reference:
         )
 
 
-def _difference(got: torch.Tensor | None, expected: torch.Tensor) -> float:
-    """Largest absolute difference, relative to the largest finite expected value where that is above 1."""
+def _difference(got: torch.Tensor | None, expected: torch.Tensor, small: float = 1.0) -> float:
+    """Largest absolute difference, relative to the largest finite expected value or to `small` where that is more."""
     if expected.numel() == 0:
         return 0.0
     reference = expected.detach().cpu().to(torch.float64)
     other = torch.zeros_like(reference) if got is None else got.detach().cpu().to(torch.float64)
     apart = torch.where(other == reference, 0.0, (other - reference).abs())
     finite = reference[reference.isfinite()].abs()
-    scale = max(1.0, float(finite.max()) if finite.numel() else 1.0)
-    return float(apart.max()) / scale
+    scale = max(small, float(finite.max()) if finite.numel() else small)
+    return float(apart.max()) / scale if scale else float(apart.max())

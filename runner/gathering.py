@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Literal
 
@@ -45,7 +46,7 @@ def build_measurement(
     A rehearsed step is always simulated from the stages' times. Raises ValueError where no step was timed.
     """
     samples = [timed_samples(rank) for rank in results]
-    times = [stage_times(stage) for stage in samples]
+    times = [_with_transfers(stage_times(stage), *plan.transfers_ms(index)) for index, stage in enumerate(samples)]
     schedule = plan.schedule or "gpipe"
     simulated = simulate(times, plan.num_microbatches, schedule)
     wall_step_ms = median(
@@ -68,8 +69,12 @@ def build_measurement(
         stages=tuple(
             StageMeasurement(
                 index=stage.index,
-                predicted=_predicted(stage),
-                measured=_measured(stage.index, times, samples, results, simulated, step_clock),
+                predicted=_predicted(stage, *plan.transfers_ms(stage.index)),
+                measured=replace(
+                    _measured(stage.index, times, samples, results, simulated, step_clock),
+                    transfer_forward_ms=plan.transfers_ms(stage.index)[0],
+                    transfer_backward_ms=plan.transfers_ms(stage.index)[1],
+                ),
                 samples=sum(len(s.forward_ms) for s in samples[stage.index]),
             )
             for stage in plan.stages
@@ -115,7 +120,17 @@ def stage_times(samples: Sequence[StepSamples]) -> StageTimes:
     )
 
 
-def _predicted(stage: Stage) -> StageFigures:
+def _with_transfers(times: StageTimes, forward_ms: float, backward_ms: float) -> StageTimes:
+    """What a stage computed, and the sends and receives that its plan charges: no rank times those by themselves."""
+    return StageTimes(
+        times.forward_ms + forward_ms,
+        times.backward_ms + backward_ms,
+        times.backward_first_ms + backward_ms,
+        times.optimizer_ms,
+    )
+
+
+def _predicted(stage: Stage, transfer_forward_ms: float, transfer_backward_ms: float) -> StageFigures:
     return StageFigures(
         forward_ms=stage.forward_ms,
         backward_ms=stage.backward_ms,
@@ -126,6 +141,8 @@ def _predicted(stage: Stage) -> StageFigures:
         wait_ms=stage.wait_ms,
         forward_spread_ms=stage.forward_spread_ms,
         backward_spread_ms=stage.backward_spread_ms,
+        transfer_forward_ms=transfer_forward_ms,
+        transfer_backward_ms=transfer_backward_ms,
     )
 
 

@@ -155,7 +155,7 @@ def render_drawing(found: Mapping[str, Path]) -> str:
     plan = Plan.load(found["plan"])
     if "profile" in found:
         size = Profile.load(found["profile"]).size(plan.microbatch_size)
-        graph = build_layer_graph(size, plan.bandwidth_bytes_per_s)
+        graph = build_layer_graph(size, plan.link_cost())
     else:
         graph = graph_from_json(found["layer-graph"])
     if {str(node) for stage in plan.stages for node in stage.nodes} != set(map(str, graph.nodes)):

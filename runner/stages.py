@@ -18,6 +18,7 @@ from planner.tracing.deferred_model import build_either
 from planner.tracing.explaining import quiet_export
 from planner.tracing.inputs import TracedInputs
 from planner.tracing.loading import ModelSource, as_call, make_batch, rows
+from planner.tracing.precision import inside_autocast
 from planner.tracing.randomness import random_operations, remove_dropout
 from planner.tracing.rewriting import canonical_names, set_device
 from planner.tracing.split_policy import SplitPolicy, tied_over_cuts
@@ -64,7 +65,7 @@ class _Policy:
     """The plan's policy, then, for comparisons, dropout removed; keeps what the runner needs to know."""
 
     def __init__(self, model: nn.Module, plan: Plan, device: torch.device, without_dropout: bool) -> None:
-        self.inner = SplitPolicy(model, plan)
+        self.inner = SplitPolicy(model, plan, device)
         self.device = device
         self.without_dropout = without_dropout
         self.removed = 0
@@ -153,6 +154,8 @@ def build_stages(
             say_unused(weights, model)
         stage = pipe.build_stage(index, device.torch_device)
         _take_flat_inputs(stage.submod)
+        if plan.precision == "bf16":
+            stage.submod.forward = inside_autocast(stage.submod.forward, device.torch_device.type)
         yield BuiltStage(
             stage=stage,
             out_spec=None if stock or trace is None else trace.out_spec,

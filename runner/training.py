@@ -18,6 +18,7 @@ from planner.errors import ModelFileError, RunError
 from planner.files.plan_file import Plan
 from planner.machine.device import Device
 from planner.tracing.loading import ModelSource, checked_batch, make_batch, rows, seed_everything
+from planner.tracing.precision import autocast
 from planner.tracing.tied_gradients import sum_tied_gradients
 from planner.tracing.user_functions import defined_at
 from runner.exact_ties import ExactTies
@@ -66,7 +67,8 @@ class Trainer:
     def _loss(self, output: Any, row_numbers: torch.Tensor) -> torch.Tensor:
         """The user's loss on the rows of the batch that this microbatch holds."""
         start, stop = int(row_numbers[0]), int(row_numbers[-1]) + 1
-        return self.source.loss_fn(self.built.rebuild_output(output), rows(self.targets, start, stop))
+        with autocast(self.plan.precision, self.device.torch_device.type):
+            return self.source.loss_fn(self.built.rebuild_output(output), rows(self.targets, start, stop))
 
     def step(
         self,

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from planner.files.plan_file import Cut, Plan, PlannedModel, SolverRecord, Stage
 from planner.tracing.exporting import trace_model
 from planner.tracing.loading import as_call, build, load_source, make_batch, rows
@@ -27,12 +29,14 @@ def plan_at(
 ) -> Plan:
     """A plan of `model` with the given cuts (or that many stages, cut evenly), its costs made up.
 
-    `order` are the ids of all layers where they are not cut in program order.
+    It is of the precision that the model file states. `order` are the ids of all layers where they are not cut in
+    program order.
     """
     source = load_source(str(model))
     size = batch_size // num_microbatches
     inputs, _ = make_batch(source, seed, 0, batch_size)
-    trace = trace_model(build(source, seed), *as_call(rows(inputs, 0, size)))
+    autocast_on = torch.device("cpu") if source.precision == "bf16" else None
+    trace = trace_model(build(source, seed), *as_call(rows(inputs, 0, size)), autocast_on=autocast_on)
     ids = [layer.id for layer in trace.layers] if order is None else list(order)
     if isinstance(cuts, int):
         cuts = [ids[len(ids) * k // cuts] for k in range(1, cuts)]
@@ -52,7 +56,7 @@ def plan_at(
         schedule="gpipe",
         num_microbatches=num_microbatches,
         microbatch_size=size,
-        precision="fp32",
+        precision=source.precision or "fp32",
         seed=seed,
         data_parallel=1,
         step_ms=1.0,

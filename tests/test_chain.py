@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def make_chain(
 
 
 def random_chain(generator: random.Random, num_layers: int, dearer_first: bool = False) -> Chain:
-    """Transfers, skips and up to two tied groups; the first backward is cheaper, or with `dearer_first` also dearer."""
+    """Messages, transfers, skips, up to two tied groups; first backward cheaper, with `dearer_first` also dearer."""
     forward = [generator.lognormvariate(0, 0.8) for _ in range(num_layers)]
     backward = [2 * ms * generator.uniform(0.5, 1.5) for ms in forward]
     tensors, tied = [], []
@@ -74,7 +75,7 @@ def random_chain(generator: random.Random, num_layers: int, dearer_first: bool =
     for group in range(generator.randint(0, 2) if num_layers > 1 else 0):
         layers = tuple(sorted(generator.sample(range(num_layers), min(num_layers, generator.choice((2, 2, 3))))))
         tied.append(ChainTied(f"w{group}", layers, 16, generator.uniform(0, 3), generator.choice((0.0, 0.5, 2.0))))
-    return make_chain(
+    chain = make_chain(
         forward,
         backward,
         tuple(tensors),
@@ -83,6 +84,7 @@ def random_chain(generator: random.Random, num_layers: int, dearer_first: bool =
         [ms * generator.uniform(0.5, 1.5 if dearer_first else 1.0) for ms in backward],
         [generator.choice((0.0, generator.uniform(0, 4))) for _ in range(num_layers)],
     )
+    return replace(chain, message_ms=generator.choice((0.0, 0.3)))
 
 
 def cases(seed: int, count: int, dearer_first: bool = False) -> Iterator[tuple[Chain, int, int]]:

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from planner.errors import FileError
+from planner.files.links_file import LinkCost
 from planner.files.profile_file import LayerProfile, SizeProfile, TensorProfile, TiedProfile
 from planner.partitioning.chain_costs import Chain, ChainTensor, ChainTied
 from planner.partitioning.layer_graph import SCHEMA, build_layer_graph, chain_of, graph_from_json, graph_to_json
+
+LINK = LinkCost.of_bandwidth(1e6)
 
 
 def layer(index: int) -> LayerProfile:
@@ -46,7 +49,7 @@ def size_profile() -> SizeProfile:
 
 
 def test_a_profile_becomes_nodes_edges_tensors_and_ties() -> None:
-    graph = build_layer_graph(size_profile(), bandwidth_bytes_per_s=1e6)
+    graph = build_layer_graph(size_profile(), LINK)
     assert list(graph.edges) == [("layers.0", "layers.1"), ("layers.0", "layers.3"), ("layers.1", "layers.2")]
     node = graph.nodes["layers.1"]
     assert (node["name"], node["forward_ms"], node["backward_ms"]) == ("model.layers.1", 2.0, 4.0)
@@ -62,13 +65,13 @@ def test_a_profile_becomes_nodes_edges_tensors_and_ties() -> None:
 
 
 def test_without_a_bandwidth_transfers_and_sums_are_free() -> None:
-    chain = chain_of(build_layer_graph(size_profile(), None))
+    chain = chain_of(build_layer_graph(size_profile()))
     assert {tensor.transfer_forward_ms + tensor.transfer_backward_ms for tensor in chain.tensors} == {0.0}
     assert {tied.sum_ms for tied in chain.tied} == {0.0}
 
 
 def test_the_chain_keeps_program_order_and_every_cost() -> None:
-    chain = chain_of(build_layer_graph(size_profile(), 1e6))
+    chain = chain_of(build_layer_graph(size_profile(), LINK))
     assert chain.ids == ("layers.0", "layers.1", "layers.2", "layers.3")
     assert chain.backward_first_ms == (1.5, 3.0, 4.5, 6.0)
     assert chain.plain_cut == (False, False, True, True)
@@ -78,7 +81,7 @@ def test_the_chain_keeps_program_order_and_every_cost() -> None:
 
 
 def test_json_is_read_back_equal(tmp_path: Path) -> None:
-    graph = build_layer_graph(size_profile(), 1e6)
+    graph = build_layer_graph(size_profile(), LINK)
     path = tmp_path / "layers.json"
     path.write_text(graph_to_json(graph))
     back = graph_from_json(path)
@@ -161,7 +164,7 @@ def test_nodes_out_of_program_order_make_no_chain(tmp_path: Path) -> None:
 
 
 def test_a_chain_checks_itself() -> None:
-    chain: Chain = chain_of(build_layer_graph(size_profile(), 1e6))
+    chain: Chain = chain_of(build_layer_graph(size_profile(), LINK))
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("3 values of names", {"names": chain.names[1:]}),
         ("forward_ms of layers.0 is nan", {"forward_ms": (float("nan"), *chain.forward_ms[1:])}),

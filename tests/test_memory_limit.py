@@ -104,6 +104,7 @@ def test_a_timeline_by_hand() -> None:
         backward_first_rise_bytes=90,
         backward_rise_bytes=25,
         sent_gradient_bytes=1,
+        sent_activation_bytes=3,
     )
     points = memory_timeline(stage, 0, 2, 3)
     assert [(p.kind, p.peak_bytes) for p in points] == [
@@ -111,8 +112,8 @@ def test_a_timeline_by_hand() -> None:
         ("forward", 272 + 10 + 15),
         ("forward", 272 + 20 + 15),
         ("backward", 272 + 20 + 90),
-        ("backward", 272 + 80 + 10 + 1 + 25),
-        ("backward", 272 + 80 + 2 + 25),
+        ("backward", 272 + 80 + 10 + 4 + 25),
+        ("backward", 272 + 80 + 8 + 25),
         ("optimizer", 272 + 80 + 40),
     ]
     assert peak_memory(stage, 0, 2, 3).kind == "optimizer"

@@ -26,7 +26,10 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class StageFigures:
-    """One stage, predicted or measured: medians per microbatch; `wait_ms` per step; `optimizer_ms` per step."""
+    """One stage, predicted or measured: medians per microbatch; `wait_ms` per step; `optimizer_ms` per step.
+
+    `transfer_…_ms` are the sends and receives inside the times; those of a measured stage are what its plan charges.
+    """
 
     forward_ms: float
     backward_ms: float
@@ -37,6 +40,8 @@ class StageFigures:
     wait_ms: float | None
     forward_spread_ms: float = 0.0
     backward_spread_ms: float = 0.0
+    transfer_forward_ms: float = 0.0
+    transfer_backward_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner.errors import FileError, UsageError
+from planner.files.links_file import FREE, LinkCost, LinkFit
 from planner.files.plan_rules import refuse_bad_stage, refuse_contradictions
 from planner.files.profile_file import Machine
 from planner.files.reading import decode, dump_json, read_json, write_text
@@ -51,11 +52,16 @@ class SolverRecord:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A boundary between two stages: the layer that the later stage begins with, and what crosses it forward."""
+    """A boundary between two stages: the layer that the later stage begins with, and what crosses it forward.
+
+    `transfer_…_ms` is what one microbatch's crossing is charged, to the stage before and to the stage behind.
+    """
 
     before: str
     tensors: tuple[str, ...]
     bytes: int
+    transfer_forward_ms: float = 0.0
+    transfer_backward_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +146,13 @@ def tied_over(cuts: Sequence[int], users: Mapping[str, Sequence[int]]) -> tuple[
     return tuple(found)
 
 
+def charged(links: LinkFit | None, bandwidth_bytes_per_s: float | None) -> LinkCost:
+    """What crossings cost by measured links, else by a bandwidth, else nothing."""
+    if links is not None:
+        return links.cost()
+    return FREE if bandwidth_bytes_per_s is None else LinkCost.of_bandwidth(bandwidth_bytes_per_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A complete plan; see the module for its file form.
@@ -155,7 +168,7 @@ class Plan:
     schedule: Literal["gpipe", "1f1b"] | None
     num_microbatches: int
     microbatch_size: int
-    precision: Literal["fp32"]
+    precision: Literal["fp32", "bf16"]
     seed: int
     data_parallel: int
     step_ms: float | None
@@ -172,6 +185,7 @@ class Plan:
     bandwidth_bytes_per_s: float | None
     machine: Machine | None
     memory_limit_bytes: int | None = None
+    links: LinkFit | None = None
 
     def __post_init__(self) -> None:
         refuse_contradictions(self)
@@ -193,6 +207,15 @@ class Plan:
     def batch_size(self) -> int:
         """Samples per step: microbatches times their size."""
         return self.num_microbatches * self.microbatch_size
+
+    def link_cost(self) -> LinkCost:
+        """What crossings are charged: by measured links, else by the bandwidth that was given, else nothing."""
+        return charged(self.links, self.bandwidth_bytes_per_s)
+
+    def transfers_ms(self, stage: int) -> tuple[float, float]:
+        """The sends and receives in `forward_ms` and in `backward_ms` of a stage."""
+        around = [self.cuts[cut] for cut in (stage - 1, stage) if 0 <= cut < len(self.cuts)]
+        return sum(cut.transfer_forward_ms for cut in around), sum(cut.transfer_backward_ms for cut in around)
 
     def scheduled_step_ms(self) -> float:
         """The step of the plan's schedule. Raises UsageError for a plan that minimises the largest load instead."""
@@ -239,15 +262,18 @@ class Plan:
 
         return dict.fromkeys(self.split_specification, SplitPoint.BEGINNING)
 
-    def split_policy(self, model: torch.nn.Module) -> Callable[[torch.fx.GraphModule], torch.fx.GraphModule]:
+    def split_policy(
+        self, model: torch.nn.Module, device: torch.device | None = None
+    ) -> Callable[[torch.fx.GraphModule], torch.fx.GraphModule]:
         """The plan as `split_policy` for `pipeline(model, mb_args, mb_kwargs, split_policy=…)`, for every model.
 
-        `model` is the one that `pipeline` gets. Raises TraceError (inside `pipeline`) where the traced model is not
-        the planned one.
+        `model` is the one that `pipeline` gets. `device` is where the stages of a bf16 plan will compute, inside
+        `torch.autocast(device.type, torch.bfloat16)`; None means where the model is. Raises TraceError (inside
+        `pipeline`) where the traced model is not the planned one.
         """
         from planner.tracing.split_policy import SplitPolicy
 
-        return SplitPolicy(model, self)
+        return SplitPolicy(model, self, device)
 
     def sum_tied_gradients(self, stage: Any) -> None:
         """Add up the gradients of tied parameters over the stages that hold them; collective over the stage's group.

@@ -47,6 +47,8 @@ def _refuse_bad_numbers(plan: Plan) -> None:
     rate = plan.bandwidth_bytes_per_s
     if rate is not None and not 0 < rate < math.inf:
         raise _wrong(f"bandwidth_bytes_per_s is {rate}", "a rate is positive")
+    if rate is not None and plan.links is not None:
+        raise _wrong("the plan has links and bandwidth_bytes_per_s", "crossings are charged by one of the two")
 
 
 def _refuse_bad_order(plan: Plan) -> None:
@@ -75,7 +77,8 @@ def _refuse_bad_cuts(plan: Plan) -> None:
         if cut.before != str(stage.nodes[0]):
             got = f"cut {stage.index - 1} is before {cut.before!r}, but stage {stage.index} begins with"
             raise _wrong(f"{got} {str(stage.nodes[0])!r}", "a stage begins at the cut before it")
-        _refuse_negative(f"cut before {cut.before}: bytes", cut.bytes)
+        for name in ("bytes", "transfer_forward_ms", "transfer_backward_ms"):
+            _refuse_negative(f"cut before {cut.before}: {name}", getattr(cut, name))
 
 
 def _refuse_bad_costs(plan: Plan) -> None:

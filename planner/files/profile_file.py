@@ -203,7 +203,7 @@ class Profile:
 
     model: ModelReference
     machine: Machine
-    precision: Literal["fp32"]
+    precision: Literal["fp32", "bf16"]
     batch_size: int
     num_rounds: int
     seconds: float

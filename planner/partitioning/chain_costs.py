@@ -66,7 +66,10 @@ class ChainMemory:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Layers in program order with their costs; times per microbatch in milliseconds, the optimizer's per step."""
+    """Layers in program order with their costs; times per microbatch in milliseconds, the optimizer's per step.
+
+    `message_ms` is what a stage boundary costs each way besides its tensors' transfers.
+    """
 
     ids: tuple[str, ...]
     names: tuple[str, ...]
@@ -81,6 +84,7 @@ class Chain:
     tensors: tuple[ChainTensor, ...]
     tied: tuple[ChainTied, ...]
     memory: ChainMemory | None = None
+    message_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -89,6 +93,8 @@ class Chain:
             values = getattr(self, field.name)
             if field.name == "memory":
                 self._check_memory()
+            elif field.name == "message_ms":
+                _refuse_wrong_cost("message_ms", self.message_ms)
             elif field.name in ("tensors", "tied"):
                 self._check_members(field.name, values)
             elif len(values) != len(self.ids):
@@ -134,12 +140,23 @@ def crossing(chain: Chain, cut: int) -> tuple[ChainTensor, ...]:
 
 
 def crossing_ms(chain: Chain) -> tuple[list[float], list[float]]:
-    """Forward and backward transfer milliseconds of a cut before each layer (index 0: no cut)."""
+    """Forward and backward transfer milliseconds of a cut before each layer (index 0: no cut).
+
+    All that crosses one way is one message; gradients that have no bytes make none.
+    """
     forward, backward = [0.0] * (len(chain.ids) + 1), [0.0] * (len(chain.ids) + 1)
+    sent, returned = set[int](), set[int]()
     for tensor in chain.tensors:
         for cut in range(tensor.producer + 1, tensor.last_consumer + 1):
             forward[cut] += tensor.transfer_forward_ms
             backward[cut] += tensor.transfer_backward_ms
+            sent.add(cut)
+            if tensor.gradient_bytes:
+                returned.add(cut)
+    for cut in sent:
+        forward[cut] += chain.message_ms
+    for cut in returned:
+        backward[cut] += chain.message_ms
     return forward, backward
 
 

@@ -66,6 +66,7 @@ def coarsen(chain: Chain, most: int = MOST_LAYERS) -> Coarse:
                 if owner[t.producer] < owner[t.last_consumer]
             ),
             tied=tuple(replace(t, layers=tuple(sorted({int(owner[layer]) for layer in t.layers}))) for t in chain.tied),
+            message_ms=chain.message_ms,
         ),
         starts,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import FileError
+from planner.files.links_file import FREE, LinkCost
 from planner.files.profile_file import LayerMemory, SizeMemory, SizeProfile
 from planner.files.reading import decode, read_json
 from planner.partitioning.chain_costs import Chain, ChainMemory, ChainTensor, ChainTied
@@ -30,14 +31,12 @@ NODE_FIELDS = (
 )
 
 
-def build_layer_graph(size: SizeProfile, bandwidth_bytes_per_s: float | None = None) -> nx.DiGraph:
-    """The layer graph of a profile at one microbatch size. Without a bandwidth, transfers cost nothing."""
+def build_layer_graph(size: SizeProfile, link: LinkCost = FREE) -> nx.DiGraph:
+    """The layer graph of a profile at one microbatch size; `link` is what every stage boundary is charged."""
     import networkx as nx
 
-    def transfer_ms(num_bytes: int) -> float:
-        return 0.0 if bandwidth_bytes_per_s is None else num_bytes / bandwidth_bytes_per_s * 1e3
-
     graph = nx.DiGraph(tensors=[], tied=[], memory_limit_bytes=None, memory=size.memory and asdict(size.memory))
+    graph.graph["message_ms"] = link.message_ms
     ids = [layer.id for layer in size.layers]
     for layer in size.layers:
         memory = layer.memory and asdict(layer.memory)
@@ -51,8 +50,8 @@ def build_layer_graph(size: SizeProfile, bandwidth_bytes_per_s: float | None = N
                 "bytes": tensor.num_bytes,
                 "gradient_bytes": tensor.gradient_bytes,
                 "contiguous": tensor.contiguous,
-                "transfer_forward_ms": transfer_ms(tensor.num_bytes),
-                "transfer_backward_ms": transfer_ms(tensor.gradient_bytes),
+                "transfer_forward_ms": link.tensor_transfer_ms(tensor.num_bytes),
+                "transfer_backward_ms": link.tensor_transfer_ms(tensor.gradient_bytes),
             }
         )
     for tied in size.tied:
@@ -62,13 +61,17 @@ def build_layer_graph(size: SizeProfile, bandwidth_bytes_per_s: float | None = N
                 "nodes": [ids[layer] for layer in tied.layers],
                 "parameter_bytes": tied.parameter_bytes,
                 "optimizer_ms": tied.optimizer_ms,
-                "sum_ms": 2 * transfer_ms(tied.parameter_bytes) if tied.trainable else 0.0,
+                "sum_ms": 2 * _whole_message_ms(link, tied.parameter_bytes) if tied.trainable else 0.0,
                 "trainable": tied.trainable,
                 "optimizer_state_bytes": tied.optimizer_state_bytes,
                 "optimizer_temporary_bytes": tied.optimizer_temporary_bytes,
             }
         )
     return graph
+
+
+def _whole_message_ms(link: LinkCost, num_bytes: int) -> float:
+    return link.message_ms + link.tensor_transfer_ms(num_bytes)
 
 
 def chain_of(graph: nx.DiGraph) -> Chain:
@@ -99,6 +102,7 @@ def chain_of(graph: nx.DiGraph) -> Chain:
         tensors=tuple(_chain_tensor(tensor, order) for tensor in graph.graph.get("tensors", ())),
         tied=tuple(_chain_tied(tied, order) for tied in graph.graph.get("tied", ())),
         memory=_chain_memory(graph),
+        message_ms=float(graph.graph.get("message_ms") or 0.0),
     )
 
 
@@ -180,6 +184,7 @@ def graph_from_json(path: Path) -> nx.DiGraph:
     if not nx.is_directed_acyclic_graph(graph):
         cycle = " → ".join(str(edge[0]) for edge in nx.find_cycle(graph))
         raise FileError(f"{path} has a cycle: {cycle}", "layers depend on earlier layers only", "remove an edge")
+    _check_costs(f"{path}: graph", graph.graph)
     for kind in ("tensors", "tied"):
         _check_members(f"{path}: {kind}", graph.graph.setdefault(kind, []), known)
     return graph

@@ -91,8 +91,8 @@ class FittingStages:
             static = static + held * (group.parameter_bytes + group.optimizer_state_bytes)
             trained = trained + held * (group.parameter_bytes if group.trainable else 0)
             temporaries = temporaries + held * group.optimizer_temporary_bytes
-        freed = np.array([sum(n for _, n in (*b.received, *b.returned)) for b in ends], np.int64) + returning
-        rise = self._most_rise + (freed + m * returning)[:, None] + (freed + self._sent)[None, :]
+        freed = np.array([sum(n for _, n in b.received) for b in ends], np.int64)
+        rise = self._most_rise + (freed + m * returning)[:, None] + (freed + (m + 1) * self._sent)[None, :]
         return static, static + trained + np.maximum(temporaries, rise)
 
     @cached_property

@@ -89,11 +89,11 @@ class StageMemoryTable:
         copied = sum(tensor.num_bytes for tensor in end.crossing if tensor.producer >= start and not tensor.contiguous)
         saved = int(self.alive_backward[stop, stop - 1] - self.alive_backward[start, stop - 1]) + copied
         saved += sum(life.num_bytes for life in sent if life.freed_in == "forward" or life.freed >= stop)
+        held = sum(life.num_bytes for life in sent)
         tied = [group for group in self.chain.tied if holds(group, start, stop)]
         trained = sum(group.parameter_bytes for group in tied if group.trainable)
         temporaries = [*self.temporaries[inside], *(group.optimizer_temporary_bytes for group in tied)]
         first, later = self._backward_rise(start, stop, sent)
-        slack = max(end.largest_gradient_bytes, self.boundaries[start].largest_gradient_bytes)
         return StageBytes(
             parameter_bytes=int(self.parameters[stop] - self.parameters[start]) + sum(t.parameter_bytes for t in tied),
             gradient_bytes=int(self.trainable[stop] - self.trainable[start]) + trained,
@@ -101,11 +101,12 @@ class StageMemoryTable:
             optimizer_temporary_bytes=int(sum(temporaries) if self.memory.size.temporaries_add else max(temporaries)),
             boundary_bytes=self.boundary_bytes(start, stop) * self.num_microbatches,
             saved_bytes=saved,
-            output_bytes=sum(life.num_bytes for life in sent) if stop == self.num_layers else 0,
+            output_bytes=held if stop == self.num_layers else 0,
             forward_rise_bytes=max(self._forward_rise(start, stop), saved + copied),
-            backward_first_rise_bytes=first + copied + slack,
-            backward_rise_bytes=later + copied + slack,
+            backward_first_rise_bytes=first + copied,
+            backward_rise_bytes=later + copied,
             sent_gradient_bytes=self.boundaries[start].gradient_bytes,
+            sent_activation_bytes=0 if stop == self.num_layers else copied + held,
             reserved_bytes=self.reserved_bytes,
         )
 
@@ -125,16 +126,16 @@ class StageMemoryTable:
         """The most that one microbatch has alive in a step's first backward, and in a later one.
 
         A layer's own peak was measured where the layer may free what it was given. In a stage, receive buffers and
-        sent outputs stay, so their bytes are added where the layer would have freed them. The gradient of a tied
-        parameter waits from its last layer for that of its first. In which order neighbouring
-        layers free and make gradients is not told apart; `stage` adds one gradient that crosses a boundary for it.
+        sent outputs stay, so their bytes are added where the layer would have freed them. Autograd adds gradients into
+        the storage of the one that came first, but not into a receive buffer: what was made behind the stage and lives
+        on in it is made again there. The gradient of a tied parameter waits from its last layer for that of its first.
         """
         layers = np.arange(start, stop)
         alive = self.alive_backward[stop, layers] - self.alive_backward[start, layers]
-        alive += self.alive_gradients[stop, layers] - self.alive_gradients[layers + 1, layers]
+        alive += self.alive_gradients[-1, layers] - self.alive_gradients[layers + 1, layers]
         for life in sent:
             alive[layers <= (life.freed if life.freed_in == "backward" else stop)] += life.num_bytes
-        for freed, num_bytes in (*self.boundaries[stop].returned, *self.boundaries[start].received):
+        for freed, num_bytes in self.boundaries[start].received:
             alive[layers == freed] += num_bytes
         made = self.trainable[stop] - self.trainable[layers + 1]
         waiting = np.zeros_like(made)
@@ -160,17 +161,15 @@ class StageMemoryTable:
 class Boundary:
     """A cut: the tensors that cross it, their bytes and their gradients' bytes.
 
-    `sent` are the storages that hold them and the model's outputs. `received` and `returned` are (layer, bytes): what a
-    backward of that layer behind the cut frees of what was made before it, and before the cut of gradients made behind.
+    `sent` are the storages that hold them and the model's outputs. `received` are (layer, bytes): what a backward of
+    that layer behind the cut frees of what was made before it.
     """
 
     crossing: tuple[ChainTensor, ...]
     num_bytes: int
     gradient_bytes: int
-    largest_gradient_bytes: int
     sent: tuple[Lifetime, ...]
     received: tuple[tuple[int, int], ...]
-    returned: tuple[tuple[int, int], ...]
 
 
 def _boundary(chain: Chain, size: SizeMemory, cut: int) -> Boundary:
@@ -179,14 +178,12 @@ def _boundary(chain: Chain, size: SizeMemory, cut: int) -> Boundary:
         crossing=tensors,
         num_bytes=sum(tensor.num_bytes for tensor in tensors),
         gradient_bytes=sum(tensor.gradient_bytes for tensor in tensors),
-        largest_gradient_bytes=max((tensor.gradient_bytes for tensor in tensors), default=0),
         sent=tuple(life for life in size.lifetimes if life.made < cut <= life.last_reader),
         received=tuple(
             (life.freed, life.num_bytes)
             for life in size.lifetimes
             if life.made < cut <= life.freed and life.freed_in == "backward"
         ),
-        returned=tuple((life.freed, life.num_bytes) for life in size.gradients if life.freed < cut <= life.made),
     )
 
 

@@ -73,9 +73,16 @@ def attribute(size: SizeProfile, runs: Sequence[MeasuredRun]) -> Attribution:
         costs = [float(getattr(layer, field)) for layer in layers]
         return _fitted(runs, rows, costs, [float(getattr(layer, spread)) for layer in layers], structures, measured)
 
-    forward = fitted("forward_ms", lambda stage: (stage.forward_ms, stage.forward_spread_ms))
-    backward = fitted("backward_ms", lambda stage: (stage.backward_ms, stage.backward_spread_ms))
-    first = fitted("backward_first_ms", lambda stage: (stage.backward_first_ms, stage.backward_spread_ms))
+    forward = fitted(
+        "forward_ms", lambda stage: (stage.forward_ms - stage.transfer_forward_ms, stage.forward_spread_ms)
+    )
+    backward = fitted(
+        "backward_ms", lambda stage: (stage.backward_ms - stage.transfer_backward_ms, stage.backward_spread_ms)
+    )
+    first = fitted(
+        "backward_first_ms",
+        lambda stage: (stage.backward_first_ms - stage.transfer_backward_ms, stage.backward_spread_ms),
+    )
     optimizer, tied = _optimizer(size, runs)
     fixed = tuple(
         replace(layer, forward_ms=float(f), backward_ms=float(b), backward_first_ms=float(b1), optimizer_ms=float(o))

@@ -26,6 +26,7 @@ from planner.machine.memory_events import memory_events, rising_by_mark
 from planner.profiling.live_storages import MARK, AllocatorMarks, EventMarks, LiveStorages, Marks, Pass, Phase, Storage
 from planner.profiling.optimizer_memory import OptimizerMemory
 from planner.profiling.timing import Microbatch
+from planner.tracing.crossing import copies_to_send
 from planner.tracing.gradients import attribute
 from planner.tracing.pieces import OutputValue, Piece, Pieces
 
@@ -178,24 +179,25 @@ def _forward(
     readers = {tensor.name: max(tensor.consumers) for tensor in pieces.trace.tensors}
     entered: set[int] = {len(pieces.pieces) - 1}
     loss: torch.Tensor | None = None
-    for index, piece in enumerate(pieces.pieces):
-        marks.enter(Phase(number, "forward", index))
-        made = piece.module(*(values[name] for name in piece.inputs))
-        values.update(zip(piece.outputs, made, strict=True))
-        _note_readers(marks, piece, made, readers, pieces)
-        if index == len(pieces.pieces) - 1:
-            loss = loss_fn(pieces.rebuild_output(values), microbatch.targets)
-        for name in piece.released:
-            del values[name]
-        _announce_backward(marks, Phase(number, "backward", index), made, entered)
-        del made
+    with pieces.trace.computing():  # its casts of parameters live until it ends, as they do in a stage
+        for index, piece in enumerate(pieces.pieces):
+            marks.enter(Phase(number, "forward", index))
+            made = piece.module(*(values[name] for name in piece.inputs))
+            values.update(zip(piece.outputs, made, strict=True))
+            _note_readers(marks, piece, made, readers, pieces)
+            if index == len(pieces.pieces) - 1:
+                loss = loss_fn(pieces.rebuild_output(values), microbatch.targets)
+            for name in piece.released:
+                del values[name]
+            _announce_backward(marks, Phase(number, "backward", index), made, entered)
+            del made
     return loss
 
 
 def _note_readers(marks: Marks, piece: Piece, made: Sequence[Any], readers: dict[str, int], pieces: Pieces) -> None:
-    """The last layer that reads a storage, by any contiguous view; an output of the model is read by no layer."""
+    """The last layer that reads a storage by a view that is sent as it is; no layer reads an output of the model."""
     for name, value in zip(piece.outputs, made, strict=True):
-        if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+        if not isinstance(value, torch.Tensor) or copies_to_send(value):
             continue
         storage = marks.find(value)
         if storage is not None:

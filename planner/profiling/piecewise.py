@@ -173,13 +173,14 @@ class _PieceRun:
 
     def _forward(self, known: Values, microbatch: Microbatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What backward starts from, and the gradients it starts with: the loss's, or small normal numbers."""
-        made = self.piece.module(*self._inputs(known))
-        if self.loss_fn is None:
-            ends = [v for v in tree_leaves(made) if isinstance(v, torch.Tensor) and v.requires_grad]
-            return ends, [self._gradient(index, end) for index, end in enumerate(ends)]
-        earlier = {name: _leaf(value, name in self.graded) for name, value in known.items()}
-        output = self.pieces.rebuild_output({**earlier, **dict(zip(self.piece.outputs, made, strict=True))})
-        loss = self.loss_fn(output, microbatch.targets)
+        with self.pieces.trace.computing():
+            made = self.piece.module(*self._inputs(known))
+            if self.loss_fn is None:
+                ends = [v for v in tree_leaves(made) if isinstance(v, torch.Tensor) and v.requires_grad]
+                return ends, [self._gradient(index, end) for index, end in enumerate(ends)]
+            earlier = {name: _leaf(value, name in self.graded) for name, value in known.items()}
+            output = self.pieces.rebuild_output({**earlier, **dict(zip(self.piece.outputs, made, strict=True))})
+            loss = self.loss_fn(output, microbatch.targets)
         return ([loss], [torch.ones_like(loss)]) if loss.requires_grad else ([], [])
 
     def _gradient(self, index: int, end: torch.Tensor) -> torch.Tensor:
@@ -198,7 +199,8 @@ class _PieceRun:
     def advance(self, values: Sequence[Values], microbatches: Sequence[Microbatch]) -> None:
         """Add what this layer makes to the known values, kept within range, and drop what no later layer reads."""
         for known in values:
-            made = self.piece.module(*self._inputs(known))
+            with self.pieces.trace.computing():
+                made = self.piece.module(*self._inputs(known))
             for name, value in zip(self.piece.outputs, made, strict=True):
                 known[name] = self._tamed(value) if name in self.graded else value
             for name in self.piece.released:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from planner.errors import FileError
 from planner.files.profile_file import Profile
@@ -37,6 +38,7 @@ class ProfileRequest:
     copies: int
     progress: str
     meta: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 def profile_model(
@@ -49,6 +51,7 @@ def profile_model(
     seed: int = 0,
     num_rounds: int = 15,
     meta: bool = False,
+    precision: Literal["fp32", "bf16"] = "fp32",
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Profile:
     """Profile `model` ("file.py" or "file.py:name") at the given sizes, as `num_workers` workers would run it.
@@ -59,8 +62,9 @@ def profile_model(
     copies = concurrent_copies(num_workers, kind)
     environment = worker_environment(kind, scarce_memory=meta)
     with tempfile.TemporaryDirectory(prefix="evenstage-profile-") as folder:
+        shown = str(Path(folder, "progress"))
         request = ProfileRequest(
-            model, seed, batch_size, microbatch_sizes, device, num_rounds, copies, str(Path(folder, "progress")), meta
+            model, seed, batch_size, microbatch_sizes, device, num_rounds, copies, shown, meta, precision
         )
         path, result = Path(folder, "request.json"), Path(folder, "profile.json")
         path.write_text(dump_json(request, REQUEST_SCHEMA), encoding="utf-8")
@@ -114,6 +118,7 @@ def reusable(
     device: str | None,
     seed: int,
     meta: bool = False,
+    precision: str = "fp32",
 ) -> str:
     """Why `profile` cannot stand for a new one of `model`; empty where it can. Traces the model once."""
     from planner.machine.device import choose_device, describe_machine
@@ -127,12 +132,15 @@ def reusable(
 
     if meta and not profile.model.meta:
         return "it was made without --meta"
+    if profile.precision != precision:
+        return f"it was made in {profile.precision}"
     if profile.batch_size != batch_size:
         return f"it was made for batches of {profile.batch_size}"
     missing = set(sizes) - {size.microbatch_size for size in profile.sizes}
     if missing:
         return f"microbatches of {', '.join(map(str, sorted(missing)))} are not in it"
-    machine = describe_machine(choose_device(device))
+    chosen = choose_device(device)
+    machine = describe_machine(chosen)
     if (profile.machine.device_name, profile.machine.versions) != (machine.device_name, machine.versions):
         return "it was made on another machine or with other versions"
     source = load_source(model)
@@ -141,7 +149,8 @@ def reusable(
     built, deferred = build_either(source, seed, meta=meta)
     if profile.model.meta and deferred is None:
         return "it was made with --meta, one layer at a time"
-    trace = trace_model(built, *as_call(rows(inputs, 0, smallest.microbatch_size)))
+    autocast_on = chosen.torch_device if precision == "bf16" else None
+    trace = trace_model(built, *as_call(rows(inputs, 0, smallest.microbatch_size)), autocast_on=autocast_on)
     if trace.fingerprint != smallest.fingerprint:
         return "the model has changed since"
     same = profile.training == training_digest(source, trace.graph_module)

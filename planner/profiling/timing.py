@@ -112,15 +112,16 @@ def _forward(
 ) -> _Run:
     values: dict[str, Any] = dict(zip(pieces.inputs, microbatch.inputs, strict=True))
     run = _Run(None, [device.stamp()], {}, [])
-    for index, piece in enumerate(pieces.pieces):
-        made = piece.module(*(values[name] for name in piece.inputs))
-        values.update(zip(piece.outputs, made, strict=True))
-        for name in piece.released:
-            del values[name]
-        if index == len(pieces.pieces) - 1:
-            run.loss = loss_fn(pieces.rebuild_output(values), microbatch.targets)
-        run.stamps.append(device.stamp())
-        _hook(run, index, made, device)
+    with pieces.trace.computing():
+        for index, piece in enumerate(pieces.pieces):
+            made = piece.module(*(values[name] for name in piece.inputs))
+            values.update(zip(piece.outputs, made, strict=True))
+            for name in piece.released:
+                del values[name]
+            if index == len(pieces.pieces) - 1:
+                run.loss = loss_fn(pieces.rebuild_output(values), microbatch.targets)
+            run.stamps.append(device.stamp())
+            _hook(run, index, made, device)
     return run
 
 

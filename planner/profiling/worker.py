@@ -61,7 +61,7 @@ def _write(request: ProfileRequest, source: ModelSource, sizes: Any, machine: An
     Profile(
         model=_describe_model(request, source, layers),
         machine=machine,
-        precision="fp32",
+        precision=request.precision,
         batch_size=request.batch_size,
         num_rounds=request.num_rounds,
         seconds=seconds,
@@ -117,7 +117,8 @@ def _profile_size(request: ProfileRequest, source: ModelSource, device: Device, 
     batch = make_batch(source, request.seed, 0, request.batch_size)
     if deferred is None:
         model, batch = model.to(device.torch_device), _to(batch, device)
-    trace = trace_model(model, *as_call(rows(batch[0], 0, size)))
+    autocast_on = device.torch_device if request.precision == "bf16" else None
+    trace = trace_model(model, *as_call(rows(batch[0], 0, size)), autocast_on=autocast_on)
     if deferred is not None:
         set_device(trace.graph_module, device.torch_device)
         batch = _to(batch, device)

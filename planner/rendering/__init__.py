@@ -1,6 +1,7 @@
 """What is computed → text: the plan's table, the drawing of its graph, and the wording that all renderers share."""
 
 from planner.rendering.graph_svg import render_graph_svg
+from planner.rendering.links_text import links_line
 from planner.rendering.plan_text import (
     gap,
     model_title,
@@ -44,6 +45,7 @@ __all__ = [
     "format_percent",
     "gap",
     "glue",
+    "links_line",
     "mean_bubble",
     "model_title",
     "proof",

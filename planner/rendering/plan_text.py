@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 from planner.files.plan_file import Baseline, Plan, Stage
 from planner.files.profile_file import Profile
+from planner.rendering.links_text import links_line
 from planner.rendering.table import TableColumn, table_lines
 from planner.rendering.wording import (
     DASH,
@@ -37,7 +38,7 @@ def render_plan(plan: Plan, profile: Profile | None, *, limit_line: str = "", wi
     paragraphs = [
         [*wrap_parts(_origin(plan, profile), width), *wrap_parts([*_profiling(plan, profile), proof(plan)], width)],
         _stage_table(plan, width),
-        [*wrap_parts(_step_figures(plan), width, "  "), *_alternatives(plan, width)],
+        [*wrap_parts(_step_figures(plan), width, "  "), *_links(plan, width), *_alternatives(plan, width)],
         [*_to_copy(plan, width), *wrap_parts([clean(limit_line)] if limit_line else [], width, "  ")],
     ]
     return "\n\n".join("\n".join(lines) for lines in paragraphs if lines)
@@ -167,6 +168,11 @@ def _step_figures(plan: Plan) -> list[str]:
         *([f"bubble {format_percent(bubble)}"] if bubble is not None else []),
         *evenness,
     ]
+
+
+def _links(plan: Plan, width: int) -> list[str]:
+    line = links_line(plan)
+    return wrap_parts([f"links: {line}"], width, "  ") if line and plan.num_stages > 1 else []
 
 
 def _alternatives(plan: Plan, width: int) -> list[str]:

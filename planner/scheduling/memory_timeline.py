@@ -5,8 +5,8 @@
     backward     rises, frees that, and leaves the gradient that it sends until the send is waited for
     optimizer    needs its temporaries, when nothing of a microbatch is alive any more
 
-torch makes the receive buffers of all microbatches once, for activations and for their gradients, and keeps them; GPipe
-waits for its sends at the end of the step, 1F1B for each before the next one.
+torch makes the receive buffers of all microbatches once, for activations and for their gradients, and keeps them. GPipe
+holds on to everything that it sends, in both directions, until the step ends; 1F1B to the last gradients that it sent.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class StageBytes:
     backward_first_rise_bytes: int
     backward_rise_bytes: int
     sent_gradient_bytes: int
+    sent_activation_bytes: int
     reserved_bytes: int = 0
 
 
@@ -77,7 +78,7 @@ def peak_memory(
 ) -> MemoryPoint:
     """The task of stage `index` that needs most memory.
 
-    >>> stage = StageBytes(10, 10, 20, 1, 0, 5, 0, 6, 7, 7, 0)
+    >>> stage = StageBytes(10, 10, 20, 1, 0, 5, 0, 6, 7, 7, 0, 0)
     >>> peak_memory(stage, 0, 2, 4).peak_bytes, peak_memory(stage, 0, 2, 4, "1f1b").peak_bytes
     (57, 52)
     """
@@ -89,7 +90,9 @@ def _replay(
 ) -> Iterator[MemoryPoint]:
     in_flight = done = 0
     for kind, microbatch in task_order(schedule, index, num_stages, num_microbatches):
-        sent = done * stage.sent_gradient_bytes if schedule == "gpipe" else min(done, 1) * stage.sent_gradient_bytes
+        sent = done * (stage.sent_gradient_bytes + stage.sent_activation_bytes)
+        if schedule != "gpipe":
+            sent = min(done, 1) * stage.sent_gradient_bytes
         others = (in_flight if kind == "forward" else in_flight - 1) * stage.saved_bytes
         lingering = stage.output_bytes if kind == "forward" and done else 0
         gradients = stage.gradient_bytes if done else 0

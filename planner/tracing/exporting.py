@@ -7,6 +7,7 @@ the piece of the graph between two neighbouring legal positions, named after the
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from planner.tracing.crossing import copies_to_send, wire_bytes
 from planner.tracing.explaining import explain_export, quiet_export
 from planner.tracing.functions import function_calls, keep_functions, refuse_module_hooks, refuse_tied_hooks
 from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
+from planner.tracing.precision import AS_TRACED, autocast, describe_inside_autocast
 from planner.tracing.refusing import is_static, refuse_counters, refuse_outputs, refuse_shared_inputs, watch_numbers
 from planner.tracing.rewriting import canonical_names, compute_nodes, has_cut_marks, prepare, tensor_inputs
 from planner.tracing.writes import separate_writes
@@ -51,7 +53,10 @@ class TracedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A model traced at one microbatch size. `graph_module` is prepared (see rewriting) and not cut."""
+    """A model traced at one microbatch size. `graph_module` is prepared (see rewriting) and not cut.
+
+    `autocast_device` is the type of the device that it computes on inside autocast; empty where it computes in float32.
+    """
 
     graph_module: fx.GraphModule
     layers: tuple[TracedLayer, ...]
@@ -60,6 +65,11 @@ class Trace:
     fingerprint: str
     out_spec: TreeSpec
     why_not_plain: str
+    autocast_device: str = ""
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """What forward and the loss of this trace compute inside."""
+        return autocast("bf16" if self.autocast_device else "fp32", self.autocast_device)
 
     @property
     def tied(self) -> dict[str, tuple[int, ...]]:
@@ -95,22 +105,28 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return module
 
 
-def trace_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def trace_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, autocast_on: torch.device | None = None
+) -> Trace:
     """Export `model` on one microbatch and find its layers. Raises TraceError where that is impossible.
+
+    `autocast_on` is the device that it will compute on inside autocast to bfloat16; None means in float32.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> [layer.id for layer in trace_model(model, (torch.ones(2, 4),), {}).layers]
     ['0', '1', '2']
     """
-    return read_trace(export_model(model, args, kwargs), model)
+    return read_trace(export_model(model, args, kwargs), model, autocast_on=autocast_on)
 
 
-def read_trace(gm: fx.GraphModule, model: nn.Module) -> Trace:
-    """Prepare the exported `gm` of `model` in place and read its layers."""
+def read_trace(gm: fx.GraphModule, model: nn.Module, *, autocast_on: torch.device | None = None) -> Trace:
+    """Prepare the exported `gm` of `model` in place and read its layers; `autocast_on` as in `trace_model`."""
     names = canonical_names(model)
     rewritten = "forward calls pipe_split() itself" if has_cut_marks(gm.graph) else ""
     if prepare(gm, names):
         rewritten = rewritten or "forward has a no_grad region"
+    if autocast_on is not None and describe_inside_autocast(gm, autocast_on):
+        rewritten = rewritten or "forward converts to a dtype, and export asserts what bf16 does not keep"
     nodes = compute_nodes(gm.graph)
     if not nodes:
         raise TraceError("the model computes nothing", "a stage needs at least one operation", "check forward")
@@ -135,6 +151,7 @@ def read_trace(gm: fx.GraphModule, model: nn.Module) -> Trace:
         fingerprint=fingerprint(gm, names),
         out_spec=gm.graph._codegen.pytree_info.out_spec,  # type: ignore[attr-defined]
         why_not_plain=why_not,
+        autocast_device="" if autocast_on is None else autocast_on.type,
     )
     for name in trace.tied:
         refuse_tied_hooks(name, attribute(gm, name))
@@ -268,12 +285,17 @@ def _before_writes(graph: fx.Graph, nodes: list[fx.Node]) -> set[int]:
 
 
 def _not_plain_positions(values: list[_Value], num_nodes: int) -> set[int]:
-    """Positions across which something lives that stock torch cannot send: an input, an output, a strided tensor."""
+    """Positions across which something lives that stock torch cannot send.
+
+    That is an input, an output, a strided tensor, or one that autocast gives another dtype than the trace.
+    """
     late: set[int] = set()
     for value in values:
         example = value.node.meta.get("val")
         strided = is_static(example) and not example.is_contiguous()  # type: ignore[union-attr]
-        if value.producer < 0 or value.is_output or strided:
+        traced = value.node.meta.get(AS_TRACED, example)
+        cast = is_static(example) and example.dtype != traced.dtype  # type: ignore[union-attr]
+        if value.producer < 0 or value.is_output or strided or cast:
             late.update(range(value.producer + 1, value.last(num_nodes) + 1))
     return late
 
@@ -321,7 +343,10 @@ def _tensors(gm: fx.GraphModule, values: list[_Value], layers: tuple[TracedLayer
 
 
 def fingerprint(gm: fx.GraphModule, names: dict[str, str]) -> str:
-    """A hash of the prepared graph: operators, arguments, shapes, dtypes, parameter names; no weights, no device."""
+    """A hash of the prepared graph: operators, arguments, shapes, dtypes, parameter names; no weights, no device.
+
+    Dtypes are those of the trace, so that the hash is the same on devices whose autocast differs.
+    """
     number = {node: index for index, node in enumerate(gm.graph.nodes)}
     digest = hashlib.sha256()
     for node in gm.graph.nodes:
@@ -344,5 +369,5 @@ def describe(value: Any, number: dict[fx.Node, int]) -> Any:
 
 
 def _shape(node: fx.Node) -> Any:
-    examples = tree_leaves(node.meta.get("val"))
+    examples = tree_leaves(node.meta.get(AS_TRACED, node.meta.get("val")))
     return [(tuple(e.shape), str(e.dtype)) for e in examples if isinstance(e, torch.Tensor)]

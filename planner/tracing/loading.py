@@ -28,6 +28,7 @@ from planner.tracing.user_functions import (
 if TYPE_CHECKING:
     import torch
 
+FP16_RULE = "fp16 needs a gradient scaler, which a pipeline does not have; bf16 needs none"
 REQUIRED = {
     "build_model": "def build_model():\n    return MyModel()",
     "make_batch": "def make_batch(batch_size):\n    return torch.randn(batch_size, 8), torch.randn(batch_size, 1)",
@@ -49,6 +50,7 @@ class ModelSource:
     reference_loss: Callable[[], tuple[float, str]] | None
     batch_size: int | None
     loss_reduction: Literal["mean", "sum"]
+    precision: Literal["fp32", "bf16"] | None = None
 
     @property
     def name(self) -> str:
@@ -89,6 +91,7 @@ def load_source(specification: str) -> ModelSource:
         reference_loss=getattr(module, "reference_loss", None),
         batch_size=_batch_size(file, module),
         loss_reduction=reduction,
+        precision=_precision(file, module),
     )
 
 
@@ -140,6 +143,16 @@ def _batch_size(file: Path, module: ModuleType) -> int | None:
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ModelFileError(f"{file.name}: BATCH_SIZE is {size!r}", "it is a whole number, at least 1", "correct it")
     return size
+
+
+def _precision(file: Path, module: ModuleType) -> Literal["fp32", "bf16"] | None:
+    precision: Any = getattr(module, "PRECISION", None)
+    if precision not in (None, "fp32", "bf16"):
+        rule = FP16_RULE if precision == "fp16" else 'it is "fp32" or "bf16"'
+        raise ModelFileError(
+            f"{file.name}: PRECISION is {precision!r}", rule, 'write PRECISION = "bf16", or leave it out'
+        )
+    return precision  # type: ignore[no-any-return]
 
 
 def default_optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx, nn
 
 from planner.errors import TraceError
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 class SplitPolicy:
     """Cuts the exported graph of `model` as `plan` says. After the call, `trace` holds what was seen.
 
+    `device` is where the stages will compute, which a bf16 plan depends on; None means where the model is.
+
     While `pipeline()` runs, the model's `state_dict()` shows each tied tensor under its first name only: torch looks
     names up there and takes any of several.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.model, self.plan = model, plan
+    def __init__(self, model: nn.Module, plan: Plan, device: torch.device | None = None) -> None:
+        self.model, self.plan, self.device = model, plan, device
         self.trace: Trace | None = None
         refuse_module_hooks(model)
         self.keeping = True  # pipeline() exports the model before it calls the policy
@@ -39,7 +42,7 @@ class SplitPolicy:
             self.keeping = False
             stop_keeping()
         show_first_names_to_pipeline(self.model)
-        self.trace = read_trace(gm, self.model)
+        self.trace = read_trace(gm, self.model, autocast_on=self._autocast_on())
         expected, got = self.plan.model.fingerprint, self.trace.fingerprint
         if got != expected:
             raise TraceError(
@@ -52,6 +55,12 @@ class SplitPolicy:
             reorder(self.trace, self.plan.order)
         apply_cuts(gm, positions)
         return gm
+
+    def _autocast_on(self) -> torch.device | None:
+        """Where stages compute inside autocast: `device`, else where the model is; None where they do not."""
+        if self.plan.precision == "fp32":
+            return None
+        return self.device or next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
 
 def cut_positions(trace: Trace, layer_ids: Sequence[str], order: Sequence[str | int] | None = None) -> list[int]:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from planner.files.plan_file import Plan
 from planner.machine.device import choose_device
 from planner.tracing.loading import ModelSource, as_call, build, make_batch, rows
+from planner.tracing.precision import autocast
 from planner.tracing.rewriting import canonical_names
 from runner.stages import BuiltStage, build_stages
 
@@ -81,7 +82,7 @@ class _Split:
     """All stages of a plan in this process."""
 
     def __init__(self, plan: Plan, source: ModelSource) -> None:
-        self.source = source
+        self.source, self.precision = source, plan.precision
         self.built: tuple[BuiltStage, ...] = tuple(
             build_stages(plan, source, range(plan.num_stages), choose_device("cpu", 0))
         )
@@ -96,7 +97,8 @@ class _Split:
 
     def _loss(self, output: Any, row_numbers: torch.Tensor) -> torch.Tensor:
         start, stop = int(row_numbers[0]), int(row_numbers[-1]) + 1
-        return self.source.loss_fn(self.built[-1].rebuild_output(output), rows(self.targets, start, stop))
+        with autocast(self.precision, "cpu"):
+            return self.source.loss_fn(self.built[-1].rebuild_output(output), rows(self.targets, start, stop))
 
     def backward(self, batch: tuple[Any, Any]) -> torch.Tensor:
         for stage in self.stages:
@@ -165,7 +167,8 @@ class _Eager:
         for start in range(0, self.plan.batch_size, self.plan.microbatch_size):
             stop = start + self.plan.microbatch_size
             args, kwargs = as_call(rows(batch[0], start, stop))
-            losses.append(self.source.loss_fn(self.model(*args, **kwargs), rows(batch[1], start, stop)))
+            with autocast(self.plan.precision, "cpu"):
+                losses.append(self.source.loss_fn(self.model(*args, **kwargs), rows(batch[1], start, stop)))
             losses[-1].backward()
         if self.source.loss_reduction == "mean":
             for parameter in self.model.parameters():
