@@ -22,7 +22,7 @@ def random_layers(seed):
     """A graph of 4 to 7 layers in program order: times, transfers on its edges, one tied parameter, rarely a chain."""
     source = random.Random(seed)
     count = source.randint(4, 7)
-    graph = nx.DiGraph(tensors=[], tied=[])
+    graph = nx.DiGraph(tensors=[], tied=[], message_ms=source.choice([0.0, 0.7]))
     for v in range(count):
         times = {name: float(source.randint(0, 6)) for name in ("forward_ms", "backward_ms", "optimizer_ms")}
         graph.add_node(v, **times, backward_first_ms=source.choice([0.5, 1.0, 1.5]) * times["backward_ms"])
@@ -32,7 +32,9 @@ def random_layers(seed):
     for u in graph.nodes:
         readers = [v for v in graph.succ[u] if source.random() < 0.8]
         cost = {"transfer_forward_ms": source.random(), "transfer_backward_ms": source.random()}
-        graph.graph["tensors"].append({"nodes": [u, *readers], "bytes": 4, **cost})
+        graph.graph["tensors"].append(
+            {"nodes": [u, *readers], "bytes": 4, "gradient_bytes": source.choice([0, 4]), **cost}
+        )
     users = sorted(source.sample(range(count), 2))
     graph.graph["tied"].append({"nodes": users, "optimizer_ms": source.random(), "sum_ms": source.random()})
     return graph
@@ -98,7 +100,8 @@ def test_every_closed_set_is_listed_once_with_its_sums():
             for tensor, readers in zip(dag.chain.tensors, dag.readers, strict=True)
             if tensor.producer in inside and set(readers) - set(inside)
         ]
-        assert ideal.across_forward_ms == pytest.approx(sum(out)) and ideal.num_crossing == len(out)
+        message = graph.graph["message_ms"] * bool(out)
+        assert ideal.across_forward_ms == pytest.approx(sum(out) + message) and ideal.num_crossing == len(out)
 
 
 def test_a_deadline_leaves_nothing_proven():

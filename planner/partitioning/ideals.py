@@ -29,6 +29,7 @@ class Ideal:
     across_forward_ms: float
     across_backward_ms: float
     num_crossing: int
+    num_returning: int
 
     @property
     def load_ms(self) -> float:
@@ -36,7 +37,7 @@ class Ideal:
         return self.forward_ms + self.backward_ms
 
 
-EMPTY = Ideal(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+EMPTY = Ideal(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0)
 
 
 def closed_sets(dag: LayerDag, deadline: float) -> list[Ideal] | None:
@@ -84,17 +85,16 @@ class _Steps:
         """`ideal` and the layer `v`."""
         chain, members = self.dag.chain, ideal.members | 1 << v
         forward, backward, first = chain.forward_ms[v], chain.backward_ms[v], chain.backward_first_ms[v]
-        across_forward, across_backward, crossing = (
-            ideal.across_forward_ms,
-            ideal.across_backward_ms,
-            ideal.num_crossing,
-        )
+        crossing, returning = ideal.num_crossing, ideal.num_returning
+        across_forward = ideal.across_forward_ms - chain.message_ms * bool(crossing)
+        across_backward = ideal.across_backward_ms - chain.message_ms * bool(returning)
         ended = [t for t in self.read[v] if not self.reading[t] & ~members]
         for sign, tensors in ((1, self.made[v]), (-1, ended)):
             for t in tensors:
                 across_forward += sign * chain.tensors[t].transfer_forward_ms
                 across_backward += sign * chain.tensors[t].transfer_backward_ms
                 crossing += sign
+                returning += sign * bool(chain.tensors[t].gradient_bytes)
         return Ideal(
             members=members,
             forward_ms=ideal.forward_ms + forward,
@@ -104,9 +104,10 @@ class _Steps:
             optimizer_ms=ideal.optimizer_ms + chain.optimizer_ms[v],
             largest_forward_ms=max(ideal.largest_forward_ms, forward),
             largest_backward_ms=max(ideal.largest_backward_ms, backward),
-            across_forward_ms=max(0.0, across_forward),
-            across_backward_ms=max(0.0, across_backward),
+            across_forward_ms=max(0.0, across_forward) + chain.message_ms * bool(crossing),
+            across_backward_ms=max(0.0, across_backward) + chain.message_ms * bool(returning),
             num_crossing=crossing,
+            num_returning=returning,
         )
 
 
