@@ -68,7 +68,10 @@ def render(files: Sequence[Path], kind: str) -> str:
         from runner.reporting.chrome_trace import render_predicted_trace
 
         return render_predicted_trace(_seen_plan(paths[0]))
-    if len(found) == 1 and names != ["layer-graph"] and kind in ("text", "json"):
+    if names == ["layer-graph"]:
+        rule = "a layer graph is drawn with the plan that was made from it"
+        raise UsageError(f"{paths[0]} is a layer graph", rule, "name the plan too, and --format svg")
+    if len(found) == 1 and kind in ("text", "json"):
         return _render_one(names[0], paths[0], kind)
     if len(found) == 2 and kind == "text":
         return _render_two(names, paths if names[0] != names[1] else list(files))

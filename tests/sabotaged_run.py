@@ -29,8 +29,8 @@ def sabotage(kind: str) -> None:
 
         original_alias = rewriting._bind_inputs
 
-        def swapped(graph, anchor, stage, graded):
-            aliases = original_alias(graph, anchor, stage, graded)
+        def swapped(graph, anchor, stage):
+            aliases = original_alias(graph, anchor, stage)
             aliases[0].prepend(aliases[1])  # torch binds inputs in order of first use
             return aliases
 

@@ -83,14 +83,6 @@ def _table(chain: Chain, m: int, schedule: str, limit: MemoryLimit) -> CostTable
     return CostTable(chain, m, False, schedule, FittingStages(chain, m, schedule, limit))
 
 
-def test_1f1b_needs_no_more_than_gpipe_where_nothing_lingers() -> None:
-    for chain, num_stages, m, _ in chains(11, 15):
-        gpipe, other = StageMemoryTable(chain, m, "gpipe"), StageMemoryTable(chain, m, "1f1b")
-        for cuts in all_cuts(chain, num_stages):
-            for index, (a, b) in enumerate(zip(gpipe.peaks(cuts), other.peaks(cuts), strict=True)):
-                assert index == num_stages - 1 or b.peak_bytes <= a.peak_bytes
-
-
 def test_a_timeline_by_hand() -> None:
     stage = StageBytes(
         parameter_bytes=100,

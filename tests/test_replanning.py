@@ -1,6 +1,7 @@
 """From measurements to a better plan: sums hold, equal layers stay equal, and no round loses what one had before."""
 
 import dataclasses
+import itertools
 import random
 
 import numpy as np
@@ -134,8 +135,15 @@ def test_cuts_stay_where_no_others_are_better():
 def test_the_best_measured_cuts_are_kept_not_the_newest():
     case = make_case(0, error=0.0)
     best = plan_profile(case.profile, case.request)
+    nodes = [node for stage in best.stages for node in stage.nodes]
+    bounds = [0, *(nodes.index(cut.before) - 2 for cut in best.cuts), len(nodes)]
+    parts = [tuple(nodes[a:b]) for a, b in itertools.pairwise(bounds)]
     worse = dataclasses.replace(
-        best, cuts=tuple(dataclasses.replace(c, before=str(int(c.before) - 2)) for c in best.cuts)
+        best,
+        cuts=tuple(dataclasses.replace(c, before=str(part[0])) for c, part in zip(best.cuts, parts[1:], strict=True)),
+        stages=tuple(
+            dataclasses.replace(s, nodes=part, names=part) for s, part in zip(best.stages, parts, strict=True)
+        ),
     )
     runs = [measure(case, plan, 0.0, random.Random(0)) for plan in (best, worse)]
     again = replan(case.profile, runs, case.request)

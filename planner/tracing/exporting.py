@@ -144,7 +144,7 @@ def read_trace(gm: fx.GraphModule, model: nn.Module, *, autocast_on: torch.devic
     starts = {0: _name_at(nodes, 0), **_positions(nodes)}
     starts = {index: begin for index, begin in sorted(starts.items()) if index == 0 or index not in illegal}
     late = _not_plain_positions(values, len(nodes))
-    why_not = rewritten or _why_not_plain(gm, nodes)
+    why_not = _why_not_plain(gm, nodes) or rewritten
     layers = _layers(nodes, starts, late, bool(why_not))
     aliases: dict[str, tuple[str, ...]] = {}
     for name, canonical in names.items():
