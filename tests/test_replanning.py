@@ -144,6 +144,9 @@ def test_the_best_measured_cuts_are_kept_not_the_newest():
         stages=tuple(
             dataclasses.replace(s, nodes=part, names=part) for s, part in zip(best.stages, parts, strict=True)
         ),
+        split_specification=None,
+        plain_chain=False,
+        why_not="moved by hand",
     )
     runs = [measure(case, plan, 0.0, random.Random(0)) for plan in (best, worse)]
     again = replan(case.profile, runs, case.request)
