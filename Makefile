@@ -5,6 +5,7 @@
 #   make test      the tests
 #   make slow      the notebooks executed, the examples trained until they have learned
 #   make zoo       every model of the zoo planned and trained, the table in docs/zoo.md
+#   make exhaustive  what takes half an hour: every model of the zoo again as tests, a model larger than its limit
 #   make lint      style, types and the order of the modules
 #   make clean     remove the environment and all that was produced
 
@@ -15,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 DEMO := $(BIN)/plan --gpus 4 examples/transformer.py --train --steps 60 --run-dir runs/demo
 
-.PHONY: demo install test slow zoo lint clean
+.PHONY: demo install test slow zoo exhaustive lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -24,10 +25,13 @@ demo: $(VENV)/.installed-demo
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not exhaustive"
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+exhaustive: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m exhaustive
 
 zoo: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.zoo

@@ -161,7 +161,7 @@ def limited(limit_bytes, *arguments, cwd):
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_model_that_exceeds_an_enforced_limit_is_planned_and_trained(tmp_path):
     """2.1 GB of weights where no process may have 1.9 GB: an ordinary build fails, --meta plans and trains it."""
     model, limit = ROOT / "examples/large.py", 1_900_000_000

@@ -45,7 +45,7 @@ def test_a_model_of_the_zoo_has_the_fingerprint_of_an_export_at_each_size(name: 
     assert compare(FILES[name]) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in FILES if name not in REFUSED])
 def test_every_model_of_the_zoo_has_the_fingerprint_of_an_export_at_each_size(name: str) -> None:
     assert compare(FILES[name]) <= (3 if name in ONE_EACH else 2)

@@ -59,7 +59,7 @@ def test_what_torch_cannot_export_is_refused_and_its_file_names_the_issue(name: 
     assert "cannot be exported" in came.refusal and came.torch_issue.startswith("https://github.com/pytorch/")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in FILES if name not in REFUSED])
 def test_every_model_is_planned_and_trained_as_the_eager_model(name: str) -> None:
     came = attempt(FILES[name])
