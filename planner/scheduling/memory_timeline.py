@@ -6,7 +6,7 @@
     optimizer    needs its temporaries, when nothing of a microbatch is alive any more
 
 torch makes the receive buffers of all microbatches once, for activations and for their gradients, and keeps them. GPipe
-holds on to everything that it sends, in both directions, until the step ends; 1F1B to the last gradients that it sent.
+holds on to everything that it sends, in both directions, until the step ends; 1F1B to what it sent last.
 """
 
 from __future__ import annotations
@@ -90,9 +90,8 @@ def _replay(
 ) -> Iterator[MemoryPoint]:
     in_flight = done = 0
     for kind, microbatch in task_order(schedule, index, num_stages, num_microbatches):
-        sent = done * (stage.sent_gradient_bytes + stage.sent_activation_bytes)
-        if schedule != "gpipe":
-            sent = min(done, 1) * stage.sent_gradient_bytes
+        kept = done if schedule == "gpipe" else min(done, 1)
+        sent = kept * (stage.sent_gradient_bytes + stage.sent_activation_bytes)
         others = (in_flight if kind == "forward" else in_flight - 1) * stage.saved_bytes
         lingering = stage.output_bytes if kind == "forward" and done else 0
         gradients = stage.gradient_bytes if done else 0
