@@ -158,8 +158,8 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(6, 6)
-        self.left = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6))
-        self.right = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6))
+        self.left = nn.Sequential(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6), nn.Linear(6, 6))
+        self.right = nn.Sequential(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6), nn.Linear(6, 6))
         self.last = Join()
         self.right[2].weight = self.left[0].weight
 
