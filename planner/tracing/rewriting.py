@@ -21,7 +21,7 @@ from planner.errors import TraceError
 from planner.tracing.code_frames import operation_frames
 from planner.tracing.crossing import arrive, call, depart
 from planner.tracing.functions import FunctionCall, restore_functions
-from planner.tracing.gradients import aliased_arguments, needs_gradient
+from planner.tracing.gradients import needs_gradient
 from planner.tracing.state import (
     aliases_of_written_state,
     copy_written_inputs,
@@ -206,32 +206,16 @@ def apply_cuts(gm: fx.GraphModule, positions: Sequence[int]) -> None:
 
 
 def _bind_inputs(graph: fx.Graph, anchor: fx.Node, stage: dict[fx.Node, int]) -> list[fx.Node]:
-    """An alias of every tensor input, in signature order, as the first operations of stage 0.
-
-    An input that forward writes to is copied: microbatches are views of one batch, and a write to one of them would
-    count as a write to what autograd keeps of the others.
-    """
-    written = _written_inputs(graph)
+    """An alias of every tensor input, in signature order, as the first operations of stage 0."""
     aliases = []
     for placeholder in tensor_inputs(graph):
         with graph.inserting_before(anchor):
-            alias = call(graph, ATEN.clone.default if placeholder in written else ATEN.alias.default, placeholder)
+            alias = call(graph, ATEN.alias.default, placeholder)
         placeholder.replace_all_uses_with(alias)
         alias.args = (placeholder,)
         stage[alias] = 0
         aliases.append(alias)
     return aliases
-
-
-def _written_inputs(graph: fx.Graph) -> set[fx.Node]:
-    storage: dict[fx.Node, fx.Node] = {}
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        for source, is_write in aliased_arguments(node):
-            storage[node] = storage.get(source, source)
-            if is_write:
-                written.add(storage[node])
-    return {node for node in written if node.op == "placeholder"}
 
 
 def _relay(
