@@ -20,10 +20,11 @@ from planner.errors import TraceError
 from planner.tracing.crossing import copies_to_send, wire_bytes
 from planner.tracing.explaining import explain_export, quiet_export
 from planner.tracing.functions import function_calls, keep_functions, refuse_module_hooks, refuse_tied_hooks
-from planner.tracing.gradients import aliased_arguments, attribute, needs_gradient
+from planner.tracing.gradients import attribute, needs_gradient
 from planner.tracing.precision import AS_TRACED, autocast, describe_inside_autocast
 from planner.tracing.refusing import is_static, refuse_counters, refuse_outputs, refuse_shared_inputs, watch_numbers
 from planner.tracing.rewriting import canonical_names, compute_nodes, has_cut_marks, prepare, tensor_inputs
+from planner.tracing.state import storages, writes
 from planner.tracing.writes import separate_writes
 
 
@@ -303,16 +304,14 @@ def _illegal_positions(graph: fx.Graph, nodes: list[fx.Node], values: list[_Valu
 def _before_writes(graph: fx.Graph, nodes: list[fx.Node]) -> set[int]:
     """Positions between a storage and a later write in place to it; between all uses of a buffer that is written."""
     index = {node: position for position, node in enumerate(nodes)}
-    base: dict[fx.Node, fx.Node] = {}
+    base = storages(graph)
     illegal: set[int] = set()
     written_buffers: set[fx.Node] = set()
-    for node in nodes:
-        for source, written in aliased_arguments(node):
-            storage = base[node] = base.get(source, source)
-            if written and storage.op == "get_attr":
-                written_buffers.add(storage)
-            elif written:
-                illegal.update(range(index.get(storage, -1) + 1, index[node] + 1))
+    for node, storage in writes(graph, base):
+        if storage.op == "get_attr":
+            written_buffers.add(storage)
+        else:
+            illegal.update(range(index.get(storage, -1) + 1, index[node] + 1))
     for buffer in written_buffers:
         aliases = [node for node in [buffer, *base] if base.get(node, node) is buffer]
         uses = [index[user] for alias in aliases for user in alias.users if user in index]

@@ -16,9 +16,8 @@ from torch import fx
 from planner.errors import TraceError
 from planner.tracing.exporting import Trace
 from planner.tracing.functions import FunctionCall
-from planner.tracing.gradients import aliased_arguments
 from planner.tracing.rewriting import compute_nodes
-from planner.tracing.state import storages
+from planner.tracing.state import storages, writes
 
 
 def layer_dependencies(trace: Trace) -> tuple[tuple[int, int], ...]:
@@ -51,9 +50,7 @@ def _is_random(node: fx.Node) -> bool:
 def _accesses_of_written(graph: fx.Graph, owner: dict[fx.Node, int]) -> dict[fx.Node, list[int]]:
     """By storage that is written in place: the layers that make, read or write it, in program order."""
     base = storages(graph)
-    written = {
-        base.get(source, source) for node in graph.nodes for source, is_write in aliased_arguments(node) if is_write
-    }
+    written = {storage for _, storage in writes(graph, base)}
     found: dict[fx.Node, list[int]] = {storage: [] for storage in written}
     for node, index in owner.items():
         touched = {base.get(other, other) for other in (node, *node.all_input_nodes)}

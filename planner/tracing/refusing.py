@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from planner.errors import TraceError
 from planner.tracing.code_frames import forward_frame, operation_frames
-from planner.tracing.gradients import aliased_arguments
+from planner.tracing.state import storages, writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +83,17 @@ def refuse_shared_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict
 
     The graph has an input for each, so that a write to one would not be seen through the other, as it is in the model.
     """
-    storages = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    if len(set(storages)) == len(storages):
+    shared = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if len(set(shared)) == len(shared):
         return
-    base: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        for source, written in aliased_arguments(node):
-            storage = base[node] = base.get(source, source)
-            if written and storage.op == "placeholder":
-                raise TraceError(
-                    f"{storage.name} shares its memory with another input, and forward writes to it in place",
-                    "every input of the graph is a tensor of its own",
-                    "return x.clone() from make_batch, or write x = x + 1 instead of x.add_(1)",
-                    operation_frames(node),
-                )
+    for node, storage in writes(gm.graph, storages(gm.graph)):
+        if storage.op == "placeholder":
+            raise TraceError(
+                f"{storage.name} shares its memory with another input, and forward writes to it in place",
+                "every input of the graph is a tensor of its own",
+                "return x.clone() from make_batch, or write x = x + 1 instead of x.add_(1)",
+                operation_frames(node),
+            )
 
 
 @contextlib.contextmanager

@@ -23,22 +23,23 @@ def storages(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return base
 
 
-def _writers(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
-    """(operation, what it writes to) for every write in place."""
-    return [(node, source) for node in graph.nodes for source, written in aliased_arguments(node) if written]
+def writes(graph: fx.Graph, base: dict[fx.Node, fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    """(operation, the node that made the storage it writes to) for every write in place; `base` are the `storages`."""
+    found = [(node, source) for node in graph.nodes for source, written in aliased_arguments(node) if written]
+    return [(node, base.get(source, source)) for node, source in found]
 
 
 def aliases_of_written_state(graph: fx.Graph) -> set[fx.Node]:
     """Values that share storage with a buffer that forward writes."""
     base = storages(graph)
-    written = {base.get(source, source) for _, source in _writers(graph)}
+    written = {storage for _, storage in writes(graph, base)}
     return {node for node, storage in base.items() if storage.op == "get_attr" and storage in written}
 
 
 def copy_written_inputs(gm: fx.GraphModule) -> None:
     """Let forward write to copies of the inputs: the microbatches of a batch share storage, and are needed again."""
     base = storages(gm.graph)
-    written = {base.get(source, source) for _, source in _writers(gm.graph)}
+    written = {storage for _, storage in writes(gm.graph, base)}
     for entry in [node for node in written if node.op == "placeholder"]:
         first = next(node for node in gm.graph.nodes if node.op == "call_function")
         with gm.graph.inserting_before(first):
@@ -61,9 +62,9 @@ def write_state_early(gm: fx.GraphModule) -> None:
             graph.erase_node(node)
             continue
         uses = {user for alias in [state, *base] if base.get(alias, alias) is state for user in alias.users} - {node}
-        writes = {writer for writer, source in _writers(graph) if base.get(source, source) is storage}
+        writers = {writer for writer, written in writes(graph, base) if written is storage}
         order = {other: index for index, other in enumerate(graph.nodes)}
-        earliest = max([value, *uses, *writes], key=lambda other: order[other])
+        earliest = max([value, *uses, *writers], key=lambda other: order[other])
         if earliest.op == "call_function" and order[earliest] < order[node]:
             earliest.append(node)
 

@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from planner.tracing.gradients import aliased_arguments
+from planner.tracing.state import storages, writes
 
 ATEN = torch.ops.aten
 
@@ -44,15 +45,13 @@ def separate_writes(nodes: list[fx.Node], begins: Container[int]) -> bool:
 
 def _writes_that_forbid_cuts(nodes: list[fx.Node], begins: Container[int], index: dict[fx.Node, int]) -> set[fx.Node]:
     """The writes to storages (not of parameters or buffers) that live while another module begins."""
-    storage: dict[fx.Node, fx.Node] = {}
-    writes: dict[fx.Node, list[fx.Node]] = {}
-    for node in nodes:
-        for source, written in aliased_arguments(node):
-            owner = storage[node] = storage.get(source, source)
-            if written and owner.op != "get_attr":
-                writes.setdefault(owner, []).append(node)
+    graph = nodes[0].graph
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    for node, owner in writes(graph, storages(graph)):
+        if owner.op != "get_attr":
+            writers.setdefault(owner, []).append(node)
     found: set[fx.Node] = set()
-    for owner, nodes_of in writes.items():
+    for owner, nodes_of in writers.items():
         own = {index[node] for node in nodes_of}
         between = range(max(index.get(owner, -1) + 1, 1), max(own))
         if any(position in begins and position not in own for position in between):
