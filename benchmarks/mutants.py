@@ -146,8 +146,8 @@ MUTANTS = (
     Mutant(
         "dropout silenced in the reference",
         "runner/checking.py",
-        "with DropoutAsIdentity():",
-        "if True:",
+        "with DropoutAsIdentity(), autocast(",
+        "with autocast(",
         f"{LEGAL}[dropout.py-cuts1]",
     ),
     Mutant(
