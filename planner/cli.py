@@ -178,8 +178,6 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         raise UsageError(got, "a plan comes from one of the two", "for example: plan --gpus 4 model.py")
     if flags.objective is not None or flags.no_transfers or flags.cut_at is not None:
         raise UsageError("--objective, --no-transfers or --cut-at", "they go with --graph FILE", "leave them out")
-    if flags.output is not None and flags.output in (flags.profile, (flags.model or "").partition(":")[0]):
-        raise UsageError(f"-o {flags.output}", "the plan may not overwrite what it is made from", "name another file")
     _refuse_untrained(flags)
     return PlanRequest(
         gpus=flags.gpus,
@@ -400,8 +398,8 @@ def _reusable_profile(model: str, request: PlanRequest, path: Path) -> tuple[Pro
     batch_size = resolve_batch_size(model, request)
     sizes = tuple(batch_size // count for count in candidate_counts(batch_size, request))
     wanted: dict[str, Any] = {"batch_size": batch_size, "sizes": sizes, "device": request.device, "seed": request.seed}
-    wanted |= {"meta": request.meta, "precision": resolve_precision(model, request)}
     wanted |= {"meta": request.meta, "granularity": request.granularity}
+    wanted |= {"precision": resolve_precision(model, request)}
     return load_if_fitting(path, model=model, **wanted)
 
 

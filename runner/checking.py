@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from planner.errors import CheckError
 from planner.files.measurement_file import CheckResult
 from planner.files.plan_file import Plan
 from planner.machine.device import Device
 from planner.tracing.deferred_model import build_either
-from planner.tracing.loading import ModelSource, as_call, rows
+from planner.tracing.loading import ModelSource, as_call, on_device, rows
 from planner.tracing.precision import autocast
 from planner.tracing.randomness import DropoutAsIdentity
 from planner.tracing.rewriting import canonical_names
@@ -64,7 +63,7 @@ class Reference:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         size = self.plan.microbatch_size
-        batch = tree_map(lambda t: t.to(self.device) if isinstance(t, torch.Tensor) else t, batch)
+        batch = on_device(batch, self.device)
         for start in range(0, self.plan.batch_size, size):
             args, kwargs = as_call(rows(batch[0], start, start + size))
             with DropoutAsIdentity(), autocast(self.plan.precision, self.device.type):

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from planner.errors import ModelFileError, RunError
 from planner.files.plan_file import Plan
 from planner.machine.device import Device
-from planner.tracing.loading import ModelSource, checked_batch, make_batch, rows, seed_everything
+from planner.tracing.loading import ModelSource, checked_batch, make_batch, on_device, rows, seed_everything
 from planner.tracing.precision import autocast
 from planner.tracing.tied_gradients import sum_tied_gradients
 from planner.tracing.user_functions import defined_at
@@ -125,7 +125,7 @@ class Trainer:
         """
         device = self.device.torch_device
         own = [tensor.to(device, copy=True) for tensor in inputs] if self.stage.is_first else []
-        read = _on_device(targets, self.device) if self.stage.is_last else None
+        read = on_device(targets, device) if self.stage.is_last else None
         tensors = [leaf for leaf in tree_leaves((own, read)) if isinstance(leaf, torch.Tensor)]
         self.batch_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         return own, read
@@ -183,10 +183,6 @@ class Trainer:
             return None
         values = torch.stack([loss.detach().reshape(()) for loss in self.losses])
         return float(values.mean() if self.source.loss_reduction == "mean" else values.sum())
-
-
-def _on_device(tree: Any, device: Device) -> Any:
-    return tree_map(lambda t: t.to(device.torch_device) if isinstance(t, torch.Tensor) else t, tree)
 
 
 def training_batches(

@@ -16,7 +16,7 @@ from planner.files.plan_file import Plan
 from planner.machine import host_memory
 from planner.machine.device import CpuDevice
 from planner.profiling import piecewise
-from planner.profiling.worker import microbatches_of, optimizer_groups
+from planner.profiling.assembling import microbatches_of, optimizer_groups
 from planner.tracing.deferred_model import build_deferred
 from planner.tracing.exporting import trace_model
 from planner.tracing.loading import as_call, load_source, make_batch, rows
@@ -39,7 +39,7 @@ def all_tensors(pieces):
 @pytest.mark.parametrize("name", ["tests/models/skips.py", "tests/models/twice.py", "examples/gpt2.py"])
 def test_every_layer_is_timed_and_only_one_is_real(name, monkeypatch):
     source, pieces, microbatches = pieces_of(ROOT / name)
-    groups, _ = optimizer_groups(pieces.trace, pieces)
+    groups = optimizer_groups(pieces.trace, pieces)
     fake = torch._subclasses.FakeTensor
     real_layers, seen, alive = [], [], []
 
@@ -83,7 +83,7 @@ def test_activations_are_ordinary_numbers_and_integers_are_the_users(monkeypatch
         seen.extend(v for v in values[0].values() if isinstance(v, torch.Tensor) and v.is_floating_point())
 
     monkeypatch.setattr(piecewise._PieceRun, "advance", watched)
-    groups, _ = optimizer_groups(pieces.trace, pieces)
+    groups = optimizer_groups(pieces.trace, pieces)
     piecewise.time_pieces(pieces, microbatches, source.loss_fn, groups, source.make_optimizer, CpuDevice(), (1, 1))
     spreads = [float(value.detach().std()) for value in seen if value.numel() > 1 and value.isfinite().all()]
     assert len(spreads) > 20 and all(1e-6 <= spread <= 1e6 for spread in spreads)

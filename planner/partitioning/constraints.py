@@ -221,20 +221,19 @@ def _inside(program: Program, k: int, tied: ChainTied) -> Linear:
 
 def stages_fit(program: Program, masks: Sequence[Mask]) -> None:
     """A stage that begins before layer i does not end before a layer j with which it would not fit into memory."""
-    last = len(program.x)
     for k, mask in enumerate(masks):
         begins: dict[int, pulp.LpVariable | None] = {0: None} if k == 0 else dict(program.x[k - 1])
         for i, begin in begins.items():
-            if k == last:
-                excluded, room = Linear({}, 0.0 if mask[i, -1] else 1.0), 1.0
+            if k == len(program.x):
+                excluded = Linear({}, 0.0 if mask[i, -1] else 1.0)
             else:
-                excluded, room = Linear({v: 1.0 for j, v in program.x[k].items() if i < j and not mask[i, j]}), 1.0
-            if begin is not None:
-                excluded = excluded.with_variable(begin, 1.0)
+                excluded = Linear({v: 1.0 for j, v in program.x[k].items() if i < j and not mask[i, j]})
+            if not excluded.terms and not excluded.constant:
+                continue
+            if begin is None:
+                program.at_most(excluded, 0.0, f"fits_{k}_{i}")
             else:
-                room = 0.0
-            if len(excluded.terms) + excluded.constant > (0 if begin is None else 1):
-                program.at_most(excluded, room, f"fits_{k}_{i}")
+                program.at_most(excluded.with_variable(begin, 1.0), 1.0, f"fits_{k}_{i}")
 
 
 def nothing_is_relayed(program: Program) -> None:

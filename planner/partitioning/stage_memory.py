@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from planner.files.profile_file import Lifetime, SizeMemory
+from planner.files.profile_file import GradientLifetime, Lifetime, SizeMemory
 from planner.partitioning.chain_costs import Chain, ChainTensor, crossing, holds
 from planner.scheduling.memory_timeline import MemoryPoint, StageBytes, peak_memory
 
@@ -56,21 +56,13 @@ class StageMemoryTable:
     @cached_property
     def alive_backward(self) -> Whole:
         """[b, q]: bytes that layers before b made in forward and that a backward of layers up to q frees."""
-        count = self.num_layers
-        made = np.zeros((count, count + 1), np.int64)
-        for life in self.memory.size.lifetimes:
-            if life.freed_in == "backward":
-                made[life.made, life.freed] += life.num_bytes
-        return _accumulate(np.cumsum(made, axis=1))
+        kept = [life for life in self.memory.size.lifetimes if life.freed_in == "backward"]
+        return _freed_up_to(self.num_layers, kept)
 
     @cached_property
     def alive_gradients(self) -> Whole:
         """[b, q]: gradients that layers before b made in backward and that layers up to q free."""
-        count = self.num_layers
-        made = np.zeros((count, count + 1), np.int64)
-        for life in self.memory.size.gradients:
-            made[life.made, life.freed] += life.num_bytes
-        return _accumulate(np.cumsum(made, axis=1))
+        return _freed_up_to(self.num_layers, self.memory.size.gradients)
 
     @cached_property
     def boundaries(self) -> tuple[Boundary, ...]:
@@ -190,6 +182,14 @@ def _boundary(chain: Chain, size: SizeMemory, cut: int) -> Boundary:
 def as_prefix(values: Sequence[int] | Whole) -> Whole:
     """Sums of the values before each, and of all."""
     return np.concatenate([[0], np.cumsum(np.asarray(values, np.int64))])
+
+
+def _freed_up_to(count: int, lives: Sequence[Lifetime | GradientLifetime]) -> Whole:
+    """[b, q]: bytes that layers before b made and that the backward of layers up to q frees."""
+    made = np.zeros((count, count + 1), np.int64)
+    for life in lives:
+        made[life.made, life.freed] += life.num_bytes
+    return _accumulate(np.cumsum(made, axis=1))
 
 
 def _accumulate(rows: Whole) -> Whole:

@@ -12,19 +12,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from planner.errors import ProfileError
-from planner.files.profile_file import LayerMemory, LayerProfile, Peak, Profile, SizeProfile
-from planner.profiling.counting import Work, count_work
-from planner.profiling.memory import layer_memory, track_fake_step
-from planner.profiling.optimizer_memory import OptimizerMemory, track_optimizer_by_sample
-from planner.profiling.peaks import find_peak
-from planner.profiling.worker import (
+from planner.files.profile_file import Peak, Profile, SizeProfile
+from planner.profiling.assembling import (
+    LayerCosts,
+    LayerTimes,
     describe_model,
     microbatches_of,
     optimizer_groups,
-    size_memory,
-    tensor_profiles,
-    tied_profiles,
+    size_profile,
 )
+from planner.profiling.counting import Work, count_work
+from planner.profiling.memory import track_fake_step
+from planner.profiling.optimizer_memory import OptimizerMemory, track_optimizer_by_sample
+from planner.profiling.peaks import find_peak
 from planner.tracing.deferred_model import build_either
 from planner.tracing.exporting import trace_model
 from planner.tracing.loading import as_call, load_source, make_batch, rows
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from planner.tracing.exporting import Trace
     from planner.tracing.loading import ModelSource
-    from planner.tracing.pieces import Pieces
 
 BACKWARD_OVER_FORWARD = 2.0
 GPU_BLOCK_BYTES, CPU_BLOCK_BYTES = 512, 64
@@ -74,9 +73,9 @@ def estimate_model(
     for number, size in enumerate(microbatch_sizes):
         progress(number / len(microbatch_sizes), f"microbatches of {size}")
         sizes.append(_estimate_size(source, seed, batch_size, size, limits, block))
-    trace, first = sizes[0]
+    trace = sizes[0][0]
     return Profile(
-        model=describe_model(source, seed, meta, first.layers, as_fake=True),
+        model=describe_model(source, build_either(source, seed, meta=True)[0], meta=meta),
         machine=machine,
         precision="fp32",
         batch_size=batch_size,
@@ -97,7 +96,7 @@ def _estimate_size(
     batch = make_batch(source, seed, 0, batch_size)
     trace = trace_model(model, *as_call(rows(batch[0], 0, size)))
     pieces = build_pieces(trace)
-    groups, tied = optimizer_groups(trace, pieces)
+    groups = optimizer_groups(trace, pieces)
     microbatches = microbatches_of(batch, size, batch_size)
     step = track_fake_step(pieces, microbatches, source.loss_fn, block_bytes)
     optimizer, temporaries_add = track_optimizer_by_sample(groups, source.make_optimizer)
@@ -105,19 +104,16 @@ def _estimate_size(
     if counted.loss is None:
         raise ProfileError("the loss was not counted", "an estimate has the loss's time in the last layer")
     updates = [_update_ms(group, own, peak) for group, own in zip(groups, optimizer, strict=True)]
-    count = len(trace.layers)
-    memory = layer_memory(pieces, step, optimizer[:count], tied)
     forward = [roofline_ms(work, peak) for work in counted.layers]
     forward[-1] += roofline_ms(counted.loss, peak)
-    return trace, SizeProfile(
-        microbatch_size=size,
-        fingerprint=trace.fingerprint,
-        layers=_layers(trace, pieces, counted.layers, counted.trained, forward, updates[:count], memory),
-        tensors=tensor_profiles(trace),
-        tied=tied_profiles(trace, tied, groups[count:], updates[count:], optimizer[count:]),
-        drift=0.0,
-        memory=size_memory(step, microbatches[0], temporaries_add),
-    )
+    times = [_times(ms, trained) for ms, trained in zip(forward, counted.trained, strict=True)]
+    costs = LayerCosts(times, updates, optimizer, temporaries_add, step)
+    return trace, size_profile(trace, pieces, size, microbatches[0], costs, counted.layers)
+
+
+def _times(forward_ms: float, trained: bool) -> LayerTimes:
+    backward_ms = BACKWARD_OVER_FORWARD * forward_ms if trained else 0.0
+    return LayerTimes(forward_ms, 0.0, backward_ms, 0.0, backward_ms)
 
 
 def _update_ms(group: list[torch.nn.Parameter], memory: OptimizerMemory, peak: Peak) -> float:
@@ -125,41 +121,3 @@ def _update_ms(group: list[torch.nn.Parameter], memory: OptimizerMemory, peak: P
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in group)
     moved = 3 * num_bytes + 2 * memory.state_bytes if group else 0
     return roofline_ms(Work(0, moved), peak)
-
-
-def _layers(
-    trace: Trace,
-    pieces: Pieces,
-    works: tuple[Work, ...],
-    trained: tuple[bool, ...],
-    forward_ms: list[float],
-    optimizer_ms: list[float],
-    memory: tuple[LayerMemory, ...],
-) -> tuple[LayerProfile, ...]:
-    rows_ = zip(trace.layers, pieces.pieces, works, trained, forward_ms, optimizer_ms, memory, strict=True)
-    layers = []
-    for layer, piece, work, has_backward, forward, update, sizes in rows_:
-        own = dict(piece.module.named_parameters())
-        untied = [own[name] for name in layer.parameters if name not in trace.tied]
-        backward = BACKWARD_OVER_FORWARD * forward if has_backward else 0.0
-        layers.append(
-            LayerProfile(
-                id=layer.id,
-                name=layer.name,
-                type=layer.type,
-                position=layer.start,
-                forward_ms=forward,
-                forward_spread_ms=0.0,
-                backward_ms=backward,
-                backward_spread_ms=0.0,
-                backward_first_ms=backward,
-                optimizer_ms=update,
-                parameter_bytes=sum(p.numel() * p.element_size() for p in untied),
-                parameters=layer.parameters,
-                plain_cut=layer.plain_cut,
-                flops=work.flops,
-                structure=piece.structure,
-                memory=sizes,
-            )
-        )
-    return tuple(layers)

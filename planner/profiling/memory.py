@@ -25,7 +25,7 @@ from planner.machine.device import Device
 from planner.machine.memory_events import memory_events, rising_by_mark
 from planner.profiling.live_storages import MARK, AllocatorMarks, EventMarks, LiveStorages, Marks, Pass, Phase, Storage
 from planner.profiling.optimizer_memory import OptimizerMemory
-from planner.profiling.timing import Microbatch
+from planner.profiling.timing import Microbatch, clear_gradients
 from planner.tracing.crossing import copies_to_send
 from planner.tracing.gradients import attribute
 from planner.tracing.pieces import OutputValue, Piece, Pieces
@@ -144,7 +144,7 @@ def _run_step(
     marks: Marks, pieces: Pieces, both: Sequence[Microbatch], loss_fn: Callable[[Any, Any], torch.Tensor]
 ) -> None:
     """Two forwards, two backwards, gradients None before and after."""
-    _clear_gradients(pieces)
+    clear_gradients(pieces)
     losses = [_forward(marks, pieces, microbatch, loss_fn, number) for number, microbatch in enumerate(both)]
     for number in range(len(both)):
         marks.enter(Phase(number, "backward", len(pieces.pieces) - 1))
@@ -153,13 +153,7 @@ def _run_step(
         assert loss is not None
         loss.backward()
         del loss
-    _clear_gradients(pieces)
-
-
-def _clear_gradients(pieces: Pieces) -> None:
-    for piece in pieces.pieces:
-        for parameter in piece.module.parameters():
-            parameter.grad = None
+    clear_gradients(pieces)
 
 
 def _watch_allocator(

@@ -62,7 +62,7 @@ def time_layers(
     try:
         for number in range(-WARM_UP_ROUNDS, num_rounds):
             before_round(number)
-            _clear_gradients(pieces)
+            clear_gradients(pieces)
             for index, (f, b) in enumerate(_one_round(pieces, microbatches, loss_fn, device)):
                 if number >= 0:
                     _append(forward, f)
@@ -80,7 +80,8 @@ def _append(samples: list[list[float]], values: list[float]) -> None:
         layer.append(value)
 
 
-def _clear_gradients(pieces: Pieces) -> None:
+def clear_gradients(pieces: Pieces) -> None:
+    """Let every parameter be without a gradient, as at the start of a step."""
     for piece in pieces.pieces:
         for parameter in piece.module.parameters():
             parameter.grad = None

@@ -8,20 +8,18 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.machine.workers import as_worker
 
 if TYPE_CHECKING:
-    import torch
-
-    from planner.files.profile_file import LayerMemory, LayerProfile, SizeMemory, SizeProfile, TiedProfile
+    from planner.errors import PlannerError
+    from planner.files.profile_file import Machine, ModelReference, SizeProfile
     from planner.machine.device import Device
-    from planner.profiling.counting import Work
-    from planner.profiling.memory import StepMemory
+    from planner.profiling.assembling import LayerCosts
     from planner.profiling.opening import Opening
-    from planner.profiling.optimizer_memory import OptimizerMemory
     from planner.profiling.profiler import ProfileRequest
     from planner.profiling.timing import LayerSamples, Microbatch
     from planner.tracing.exporting import Trace
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from planner.tracing.pieces import Pieces
     from planner.tracing.sizes import ExportCount, SizeExports
 
-MICROBATCHES_PER_ROUND = 3
 OPTIMIZER_ROUNDS = 5
 
 
@@ -53,34 +50,43 @@ def main() -> None:
     if device.clock == "thread-cpu":
         torch.set_num_threads(1)
     source = load_source(request.model)
-    exports, opening = _exports(request, source, device), Opening(request.granularity, request.num_stages)
+    (exports, described), opening = _prepare(request, source, device), Opening(request.granularity, request.num_stages)
     sizes = tuple(_profile_size(request, source, device, exports, opening, n) for n in request.microbatch_sizes)
     if dist.get_rank() == 0:
-        _write(request, source, sizes, describe_machine(device), time.perf_counter() - started, exports.count)
+        seconds = time.perf_counter() - started
+        _write(request, source, sizes, described, describe_machine(device), seconds, exports.count)
 
 
-def _exports(request: ProfileRequest, source: ModelSource, device: Device) -> SizeExports:
-    """The model's graphs at every size, from one export where that is possible."""
+def _prepare(request: ProfileRequest, source: ModelSource, device: Device) -> tuple[SizeExports, ModelReference]:
+    """The model's graphs at every size, from one export where that is possible, and what is said of the model."""
+    from planner.profiling.assembling import describe_model
     from planner.tracing.deferred_model import build_either
-    from planner.tracing.loading import as_call, make_batch, rows
+    from planner.tracing.loading import as_call, make_batch, on_device, rows
     from planner.tracing.sizes import SizeExports
 
     model, deferred = build_either(source, request.seed, meta=request.meta)
+    described = describe_model(source, model, meta=deferred is not None)
     inputs = make_batch(source, request.seed, 0, request.batch_size)[0]
     if deferred is None:
-        model, inputs = model.to(device.torch_device), _to(inputs, device)
-    return SizeExports(model, lambda size: as_call(rows(inputs, 0, size)), request.microbatch_sizes)
+        model, inputs = model.to(device.torch_device), on_device(inputs, device.torch_device)
+    return SizeExports(model, lambda size: as_call(rows(inputs, 0, size)), request.microbatch_sizes), described
 
 
 def _write(
-    request: ProfileRequest, source: ModelSource, sizes: Any, machine: Any, seconds: float, count: ExportCount
+    request: ProfileRequest,
+    source: ModelSource,
+    sizes: tuple[tuple[Trace, SizeProfile], ...],
+    described: ModelReference,
+    machine: Machine,
+    seconds: float,
+    count: ExportCount,
 ) -> None:
     from planner.files.profile_file import Profile, Tracing
     from planner.tracing.training_digest import training_digest
 
-    traced, layers = sizes[0][0], sizes[0][1].layers
+    traced = sizes[0][0]
     Profile(
-        model=describe_model(source, request.seed, request.meta, layers),
+        model=described,
         machine=machine,
         precision=request.precision,
         batch_size=request.batch_size,
@@ -93,32 +99,6 @@ def _write(
         tracing=Tracing(count.exports, count.seconds),
         granularity=request.granularity,
     ).save(Path(sys.argv[2]))
-
-
-def describe_model(
-    source: ModelSource, seed: int, meta: bool, layers: tuple[LayerProfile, ...], *, as_fake: bool = False
-) -> Any:
-    """What a profile says of its model. `as_fake`: it is built without memory here, whatever `meta` says of it."""
-    from planner.files.profile_file import ModelReference
-    from planner.tracing.deferred_model import build_either
-
-    model, deferred = build_either(source, seed, meta=meta or as_fake)
-    blocks: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2].isdigit():
-            blocks[type(module).__name__] = blocks.get(type(module).__name__, 0) + 1
-    largest = max(blocks, key=lambda kind: blocks[kind], default="")
-    parameters = list(model.parameters())
-    return ModelReference(
-        file=str(source.file),
-        name=source.name,
-        entry=source.entry,
-        layer_type=largest,
-        num_repeated_layers=blocks.get(largest, 0),
-        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        num_parameters=sum(p.numel() for p in parameters),
-        meta=meta if as_fake else deferred is not None,
-    )
 
 
 def _profile_size(
@@ -146,76 +126,91 @@ def _time_trace(
     """Time the layers of a trace; `meta`: one at a time, for the model does not fit."""
     import torch.distributed as dist
 
-    from planner.errors import PlannerError, ProfileError, user_frames
-    from planner.files.profile_file import SizeProfile
+    from planner.errors import PlannerError
+    from planner.profiling.assembling import microbatches_of, size_profile
     from planner.profiling.counting import count_work
-    from planner.profiling.memory import layer_memory, track_fake_step, track_step
-    from planner.profiling.optimizer_memory import track_optimizer, track_optimizer_by_sample
-    from planner.profiling.piecewise import time_pieces
-    from planner.profiling.timing import time_layers, time_optimizer
-    from planner.tracing.loading import make_batch
+    from planner.tracing.loading import make_batch, on_device
     from planner.tracing.ordering import layer_dependencies
     from planner.tracing.pieces import build_pieces
     from planner.tracing.rewriting import set_device
-    from planner.tracing.user_functions import written_in_place
 
-    batch = _to(make_batch(source, request.seed, 0, request.batch_size), device)
+    batch = on_device(make_batch(source, request.seed, 0, request.batch_size), device.torch_device)
     if meta:
         set_device(trace.graph_module, device.torch_device)
     pieces = build_pieces(trace)
-    groups, tied = optimizer_groups(trace, pieces)
     microbatches = microbatches_of(batch, size, request.batch_size)
-    meet = _Meeting(request, size)
+    measure = _measure_piecewise if meta else _measure_in_place
     try:
-        if not meta:
-            samples = time_layers(pieces, microbatches, source.loss_fn, device, request.num_rounds, meet)
-            optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
-            step = track_step(pieces, microbatches, source.loss_fn, device)
-            optimizer, temporaries_add = track_optimizer(groups, source.make_optimizer, device.block_bytes)
-        else:
-            rounds = (request.num_rounds, OPTIMIZER_ROUNDS)
-            samples, optimizer_ms = time_pieces(
-                pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, rounds, meet
-            )
-            step = track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes)
-            optimizer, temporaries_add = track_optimizer_by_sample(groups, source.make_optimizer)
+        costs = measure(pieces, microbatches, source, device, request.num_rounds, _Meeting(request, size))
     except PlannerError:
         raise
     except Exception as error:
-        if (explained := written_in_place(source.file, error)) is not None:
-            raise explained from error
-        raise ProfileError(
-            f"{source.name} exported but did not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            "forward, loss_fn and backward must run on one microbatch",
-            "correct the line shown" if user_frames(error, source.file) else "run again with --debug",
-            user_frames(error, source.file),
-        ) from error
+        raise _explained(error, source) from error
     works = count_work(pieces, microbatches[0]).layers
     dist.barrier()
-    count = len(trace.layers)
-    memory = layer_memory(pieces, step, optimizer[:count], tied)
-    return SizeProfile(
-        microbatch_size=size,
-        fingerprint=trace.fingerprint,
-        layers=_layer_profiles(trace, pieces, samples, optimizer_ms[:count], memory, works),
-        tensors=tensor_profiles(trace),
-        tied=tied_profiles(trace, tied, groups[count:], optimizer_ms[count:], optimizer[count:]),
-        drift=_drift(samples),
-        memory=size_memory(step, microbatches[0], temporaries_add),
-        dependencies=layer_dependencies(trace),
+    return size_profile(trace, pieces, size, microbatches[0], costs, works, layer_dependencies(trace))
+
+
+def _measure_in_place(
+    pieces: Pieces,
+    microbatches: list[Microbatch],
+    source: ModelSource,
+    device: Device,
+    num_rounds: int,
+    meet: Callable[[int], None],
+) -> LayerCosts:
+    """What all layers cost where they run."""
+    from planner.profiling.assembling import LayerCosts, measured_times, optimizer_groups
+    from planner.profiling.memory import track_step
+    from planner.profiling.optimizer_memory import track_optimizer
+    from planner.profiling.timing import time_layers, time_optimizer
+
+    groups = optimizer_groups(pieces.trace, pieces)
+    samples = time_layers(pieces, microbatches, source.loss_fn, device, num_rounds, meet)
+    optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
+    step = track_step(pieces, microbatches, source.loss_fn, device)
+    optimizer, temporaries_add = track_optimizer(groups, source.make_optimizer, device.block_bytes)
+    times = [measured_times(layer) for layer in samples]
+    return LayerCosts(times, optimizer_ms, optimizer, temporaries_add, step, _drift(samples))
+
+
+def _measure_piecewise(
+    pieces: Pieces,
+    microbatches: list[Microbatch],
+    source: ModelSource,
+    device: Device,
+    num_rounds: int,
+    meet: Callable[[int], None],
+) -> LayerCosts:
+    """`_measure_in_place` with one layer in memory at a time."""
+    from planner.profiling.assembling import LayerCosts, measured_times, optimizer_groups
+    from planner.profiling.memory import track_fake_step
+    from planner.profiling.optimizer_memory import track_optimizer_by_sample
+    from planner.profiling.piecewise import time_pieces
+
+    groups, rounds = optimizer_groups(pieces.trace, pieces), (num_rounds, OPTIMIZER_ROUNDS)
+    samples, optimizer_ms = time_pieces(
+        pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, rounds, meet
     )
+    step = track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes)
+    optimizer, temporaries_add = track_optimizer_by_sample(groups, source.make_optimizer)
+    times = [measured_times(layer) for layer in samples]
+    return LayerCosts(times, optimizer_ms, optimizer, temporaries_add, step, _drift(samples))
 
 
-def size_memory(step: StepMemory, microbatch: Microbatch, temporaries_add: bool) -> SizeMemory:
-    """What a profile keeps of a step's memory beside the layers'."""
-    from planner.files.profile_file import SizeMemory
+def _explained(error: Exception, source: ModelSource) -> PlannerError:
+    """What went wrong while the layers ran, with the user's line where there is one."""
+    from planner.errors import ProfileError, user_frames
+    from planner.tracing.user_functions import written_in_place
 
-    return SizeMemory(
-        lifetimes=step.lifetimes,
-        gradients=step.gradients,
-        input_bytes=_tensor_bytes(microbatch.inputs),
-        target_bytes=_tensor_bytes(microbatch.targets),
-        temporaries_add=temporaries_add,
+    if (explained := written_in_place(source.file, error)) is not None:
+        return explained
+    frames = user_frames(error, source.file)
+    return ProfileError(
+        f"{source.name} exported but did not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+        "forward, loss_fn and backward must run on one microbatch",
+        "correct the line shown" if frames else "run again with --debug",
+        frames,
     )
 
 
@@ -233,124 +228,6 @@ class _Meeting:
             done = self.request.microbatch_sizes.index(self.size) + max(number, 0) / self.request.num_rounds
             share = done / len(self.request.microbatch_sizes)
             Path(self.request.progress).write_text(f"{share:.4f} microbatches of {self.size}", encoding="utf-8")
-
-
-def _to(tree: Any, device: Device) -> Any:
-    import torch
-    from torch.utils._pytree import tree_map
-
-    return tree_map(lambda t: t.to(device.torch_device) if isinstance(t, torch.Tensor) else t, tree)
-
-
-def microbatches_of(batch: tuple[Any, Any], size: int, batch_size: int) -> list[Microbatch]:
-    """The microbatches that one round of the profile runs: the first few of the batch."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    from planner.profiling.timing import Microbatch
-    from planner.tracing.loading import as_call, rows
-
-    count = min(MICROBATCHES_PER_ROUND, batch_size // size)
-    found = []
-    for start in range(0, count * size, size):
-        inputs = tree_leaves(as_call(rows(batch[0], start, start + size)))
-        tensors = tuple(leaf for leaf in inputs if isinstance(leaf, torch.Tensor))
-        found.append(Microbatch(tensors, rows(batch[1], start, start + size)))
-    return found
-
-
-def optimizer_groups(trace: Trace, pieces: Pieces) -> tuple[list[list[torch.nn.Parameter]], list[str]]:
-    """Trainable parameters of every layer without the tied ones, then each tied parameter as a group of its own."""
-    tied = trace.tied
-    parameters: dict[str, torch.nn.Parameter] = {}
-    groups: list[list[torch.nn.Parameter]] = []
-    for layer, piece in zip(trace.layers, pieces.pieces, strict=True):
-        own = dict(piece.module.named_parameters())
-        parameters.update(own)
-        groups.append([own[name] for name in layer.parameters if name not in tied and own[name].requires_grad])
-    names = list(tied)
-    groups.extend([parameters[name]] if parameters[name].requires_grad else [] for name in names)
-    return groups, names
-
-
-def _layer_profiles(
-    trace: Trace,
-    pieces: Pieces,
-    samples: tuple[LayerSamples, ...],
-    optimizer_ms: list[float],
-    memory: tuple[LayerMemory, ...],
-    works: tuple[Work, ...],
-) -> tuple[LayerProfile, ...]:
-    from planner.files.profile_file import LayerProfile
-    from planner.profiling.timing import summarise
-
-    tied = trace.tied
-    layers = []
-    rows = zip(trace.layers, pieces.pieces, samples, optimizer_ms, memory, works, strict=True)
-    for layer, piece, sample, step, sizes, work in rows:
-        forward, forward_spread = summarise(sample.forward_ms)
-        backward, backward_spread = summarise(sample.backward_ms)
-        own = dict(piece.module.named_parameters())
-        untied = [own[name] for name in layer.parameters if name not in tied]
-        layers.append(
-            LayerProfile(
-                id=layer.id,
-                name=layer.name,
-                type=layer.type,
-                position=layer.start,
-                forward_ms=forward,
-                forward_spread_ms=forward_spread,
-                backward_ms=backward,
-                backward_spread_ms=backward_spread,
-                backward_first_ms=summarise(sample.backward_first_ms)[0],
-                optimizer_ms=step,
-                parameter_bytes=sum(p.numel() * p.element_size() for p in untied),
-                parameters=layer.parameters,
-                plain_cut=layer.plain_cut,
-                flops=work.flops,
-                structure=piece.structure,
-                memory=sizes,
-            )
-        )
-    return tuple(layers)
-
-
-def tensor_profiles(trace: Trace) -> Any:
-    """What leaves a layer, as a profile keeps it."""
-    from planner.files.profile_file import TensorProfile
-
-    return tuple(
-        TensorProfile(t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes, t.contiguous)
-        for t in trace.tensors
-    )
-
-
-def tied_profiles(
-    trace: Trace,
-    names: list[str],
-    groups: list[list[torch.nn.Parameter]],
-    optimizer_ms: list[float],
-    memory: list[OptimizerMemory],
-) -> tuple[TiedProfile, ...]:
-    """The tied parameters `names`, each with its group, its optimizer's milliseconds and memory."""
-    from planner.files.profile_file import TiedProfile
-    from planner.tracing.gradients import attribute
-
-    found = []
-    for name, group, step, own in zip(names, groups, optimizer_ms, memory, strict=True):
-        parameter = attribute(trace.graph_module, name)
-        size = parameter.numel() * parameter.element_size()
-        layers = trace.tied[name]
-        found.append(TiedProfile(name, layers, size, step, bool(group), own.state_bytes, own.temporary_bytes))
-    return tuple(found)
-
-
-def _tensor_bytes(tree: Any) -> int:
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _drift(samples: tuple[LayerSamples, ...]) -> float:

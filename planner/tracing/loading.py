@@ -254,6 +254,14 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
+def on_device(tree: Any, device: torch.device) -> Any:
+    """Every tensor of `tree` on `device`; other leaves as they are."""
+    import torch
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
 def rows(tree: Any, start: int, stop: int) -> Any:
     """Rows `start` to `stop` of every tensor in `tree`."""
     import torch
