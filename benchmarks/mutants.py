@@ -81,8 +81,8 @@ MUTANTS = (
     Mutant(
         "tied sum",
         "runner/training.py",
-        "        sum_tied_gradients(self.built.tied, self.stage)\n",
-        "",
+        "            sum_tied_gradients(self.built.tied, self.stage)\n",
+        "            pass\n",
         f"{PARITY}[skips.py-cuts0]",
     ),
     Mutant(
@@ -120,7 +120,13 @@ MUTANTS = (
         "return [leaf for leaf in given.values() if isinstance(leaf, torch.Tensor)]",
         f"{LEGAL}[inputs.py-cuts2]",
     ),
-    Mutant("written inputs copied", REWRITING, "    copy_written_inputs(gm)\n", "", f"{LEGAL}[inputs.py-cuts2]"),
+    Mutant(
+        "written inputs copied",
+        REWRITING,
+        "    copy_written_inputs(gm)\n",
+        "",
+        "tests/test_state.py::test_a_written_input_is_copied_so_that_microbatches_do_not_disturb_each_other",
+    ),
     Mutant(
         "buffers written early",
         REWRITING,

@@ -121,7 +121,7 @@ class Trainer:
     def _own_share(self, inputs: list[torch.Tensor], targets: Any) -> tuple[list[torch.Tensor], Any]:
         """What this stage reads of a batch, on its device: a copy of the inputs on the first, targets on the last.
 
-        A copy, because a model may write to its inputs, and the batch is still needed.
+        A copy, because with `split_spec` a model may write to its inputs, and the batch is still needed.
         """
         device = self.device.torch_device
         own = [tensor.to(device, copy=True) for tensor in inputs] if self.stage.is_first else []

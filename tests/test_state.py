@@ -63,6 +63,20 @@ def test_what_shares_storage_with_a_written_buffer_is_copied_before_it_is_sent()
     assert len(copies) == 1 and copies[0].args[0].target is ATEN.slice.Tensor
 
 
+def test_a_written_input_is_copied_so_that_microbatches_do_not_disturb_each_other():
+    class Writes(Running):
+        def forward(self, x):
+            x.add_(1)
+            return self.b(self.a(x))
+
+    batch = torch.zeros(4, 3)
+    gm = trace_model(Writes(), (torch.zeros(2, 3),), {}).graph_module
+    gm.recompile()
+    for output in [gm(batch[:2]), gm(batch[2:])]:
+        output.sum().backward()
+    assert torch.equal(batch, torch.zeros(4, 3))
+
+
 def test_constants_state_and_inputs_are_returned_as_the_model_does():
     class Returns(nn.Module):
         def __init__(self):
