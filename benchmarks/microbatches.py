@@ -19,8 +19,9 @@ from benchmarks.measured_runs import EXAMPLES, run
 from planner.errors import InfeasibleError
 from planner.files.plan_file import Plan
 from planner.files.profile_file import Profile
-from planner.planning import PlanRequest, candidate_counts, plan_profile
+from planner.planning import plan_profile
 from planner.profiling.profiler import profile_model
+from planner.request import PlanRequest, candidate_counts
 
 COLUMNS = "{:>12} {:>6} {:>14} {:>14} {:>9} {:>9}  {}"
 

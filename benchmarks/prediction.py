@@ -23,8 +23,9 @@ from planner.errors import PlannerError
 from planner.files.measurement_file import Measurement
 from planner.files.profile_file import Profile
 from planner.intervals import with_repeat
-from planner.planning import PlanRequest, plan_profile
+from planner.planning import plan_profile
 from planner.profiling.profiler import concurrent_copies, device_kind, profile_model
+from planner.request import PlanRequest
 from planner.scheduling.simulation import StageTimes, simulate
 from runner.drift import note_drift
 

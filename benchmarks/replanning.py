@@ -22,8 +22,9 @@ from planner.files.profile_file import LayerProfile, Machine, ModelReference, Pr
 from planner.partitioning.chain import solve_chain
 from planner.partitioning.chain_costs import Chain, stage_costs, step_ms
 from planner.partitioning.layer_graph import build_layer_graph, chain_of
-from planner.planning import PlanRequest, plan_profile
+from planner.planning import plan_profile
 from planner.replanning import replan
+from planner.request import PlanRequest
 from planner.scheduling.simulation import StageTimes
 
 MACHINE = Machine("cpu", "simulated", 1, {})

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from planner.files.plan_file import Plan
     from planner.files.profile_file import Profile
-    from planner.planning import PlanRequest
+    from planner.request import PlanRequest
 
 
 ESTIMATE = ".estimate"
@@ -140,7 +140,8 @@ def _make(flags: argparse.Namespace) -> tuple[Plan, Profile, bool, Path]:
     _refuse_bad_targets(flags, output)
     profile, reused = _profile(flags, request, output)
     request = linked(flags, request, profile, output)
-    from planner.planning import plan_profile, relative_to
+    from planner.files.reading import relative_to
+    from planner.planning import plan_profile
 
     plan = plan_profile(profile, request)
     plan = replace(plan, model=replace(plan.model, file=relative_to(str(plan.model.file), output.parent)))
@@ -169,7 +170,7 @@ def _take_configuration(flags: argparse.Namespace) -> None:
 
 
 def _request(flags: argparse.Namespace) -> PlanRequest:
-    from planner.planning import PlanRequest
+    from planner.request import PlanRequest
 
     if flags.gpus is None:
         raise UsageError("no --gpus", "the number of stages is needed", "for example: plan --gpus 4 model.py")
@@ -204,7 +205,7 @@ def _refuse_untrained(flags: argparse.Namespace) -> None:
 def _plan_again(flags: argparse.Namespace) -> int:
     """Plan again from what runs measured."""
     from planner.files.profile_file import Profile
-    from planner.planning import relative_to
+    from planner.files.reading import relative_to
     from planner.replanning_command import plan_again
 
     _refuse_untrained(flags)
@@ -337,8 +338,9 @@ def profile_path(output: Path, estimated: bool = False) -> Path:
 def _profile(flags: argparse.Namespace, request: PlanRequest, output: Path) -> tuple[Profile, bool]:
     """The profile to plan from, and whether it was there already. A new one is written beside the plan."""
     from planner.files.profile_file import Profile
+    from planner.files.reading import relative_to
     from planner.measuring import remember
-    from planner.planning import measure, relative_to
+    from planner.planning import measure
     from planner.progress import profile_progress
 
     if flags.profile is not None:
@@ -390,8 +392,8 @@ def with_model_file(profile: Profile, path: Path) -> Profile:
 
 
 def _reusable_profile(model: str, request: PlanRequest, path: Path) -> tuple[Profile | None, str]:
-    from planner.planning import candidate_counts, resolve_batch_size, resolve_precision
     from planner.profiling.profiler import load_if_fitting
+    from planner.request import candidate_counts, resolve_batch_size, resolve_precision
 
     if not path.exists():
         return None, ""

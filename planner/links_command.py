@@ -12,7 +12,7 @@ from planner.errors import UsageError
 if TYPE_CHECKING:
     from planner.files.links_file import LinkFit, Links
     from planner.files.profile_file import Profile
-    from planner.planning import PlanRequest
+    from planner.request import PlanRequest
 
 
 def add_link_flags(parser: argparse._ArgumentGroup) -> None:

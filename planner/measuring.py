@@ -9,8 +9,8 @@ from typing import Literal
 from planner.errors import FileError, UsageError
 from planner.files.profile_file import Profile
 from planner.intervals import with_repeat
-from planner.planning import PlanRequest, candidate_counts, resolve_batch_size, resolve_precision
 from planner.planning import measure as measure_request
+from planner.request import PlanRequest, candidate_counts, resolve_batch_size, resolve_precision
 
 
 def remember(profile: Profile, path: Path) -> Profile:

@@ -14,8 +14,9 @@ from planner.errors import FileError
 from planner.files.measurement_file import Measurement
 from planner.files.plan_file import Plan
 from planner.files.profile_file import Profile, SizeProfile
-from planner.planning import PlanRequest, plan_profile
+from planner.planning import plan_profile
 from planner.profiling.attribution import Attribution, MeasuredRun, attribute
+from planner.request import PlanRequest
 
 if TYPE_CHECKING:
     from planner.partitioning.chain_costs import Chain, Cuts

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from planner.files.measurement_file import Measurement
     from planner.files.plan_file import Plan
     from planner.files.profile_file import Profile
-    from planner.planning import PlanRequest
+    from planner.request import PlanRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def plan_again(flags: argparse.Namespace, load_profile: Callable[[Path], Profile
 
 def _request(flags: argparse.Namespace, newest: Measurement) -> PlanRequest:
     """The stages, microbatches and schedule of the newest measurement where the flags do not say otherwise."""
-    from planner.planning import PlanRequest
+    from planner.request import PlanRequest
 
     return PlanRequest(
         gpus=len(newest.stages) if flags.gpus is None else flags.gpus,

@@ -11,7 +11,8 @@ import torch
 
 from planner.cli import build_parser
 from planner.errors import ModelFileError, UsageError
-from planner.planning import PlanRequest, plan_profile, resolve_precision
+from planner.planning import plan_profile
+from planner.request import PlanRequest, resolve_precision
 from planner.tracing.exporting import Trace, trace_model
 from planner.tracing.loading import as_call, build, load_source, make_batch, rows
 from planner.tracing.precision import autocast

@@ -11,7 +11,7 @@ import pytest
 from planner.cli import _bandwidth, build_parser, main
 from planner.files.plan_file import Plan
 from planner.files.profile_file import Profile
-from planner.planning import PlanRequest, candidate_counts
+from planner.request import PlanRequest, candidate_counts
 from tests.running import ROOT, command
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.distributed.pipelining import pipe_split
 
-from planner.planning import PlanRequest, plan_profile
+from planner.planning import plan_profile
+from planner.request import PlanRequest
 from planner.tracing.crossing import wire_bytes, wire_form
 from planner.tracing.exporting import trace_model
 from planner.tracing.loading import load_source

@@ -15,13 +15,14 @@ from planner.files.plan_file import Plan
 from planner.files.profile_file import Peak, Profile
 from planner.measuring import estimate
 from planner.partitioning.baselines import baselines
-from planner.planning import PlanRequest, chain_at, plan_profile
+from planner.planning import plan_profile
 from planner.profiling.counting import Work, count_work
 from planner.profiling.estimate import roofline_ms
 from planner.profiling.peaks import find_peak
 from planner.profiling.profiler import reusable
 from planner.profiling.timing import Microbatch
 from planner.rendering import render_plan
+from planner.request import PlanRequest, chain_at
 from planner.tracing.exporting import trace_model
 from planner.tracing.pieces import build_pieces
 from runner.cli import main as run_plan

@@ -11,8 +11,9 @@ from planner.errors import PlannerError
 from planner.files.measurement_file import Measurement
 from planner.files.plan_file import Plan
 from planner.files.profile_file import Profile
-from planner.planning import PlanRequest, plan_profile
+from planner.planning import plan_profile
 from planner.profiling.opening import Opening, too_large
+from planner.request import PlanRequest
 from planner.tracing.exporting import Trace, open_layers, trace_model
 from planner.tracing.loading import as_call, build, load_source, make_batch, rows
 from tests.running import command

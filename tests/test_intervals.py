@@ -24,9 +24,10 @@ from planner.intervals import (
     with_repeat,
 )
 from planner.measuring import remember
-from planner.planning import PlanRequest, plan_profile
+from planner.planning import plan_profile
 from planner.profiling.timing import summarise
 from planner.rendering import render_plan
+from planner.request import PlanRequest
 from planner.scheduling.simulation import StageTimes
 from runner.comparing import compare
 from runner.drift import note_drift

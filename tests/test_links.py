@@ -24,10 +24,11 @@ from planner.machine.link_fit import fit_links
 from planner.machine.links import Messages, measure_links, messages_of, spaced_messages
 from planner.partitioning.chain_costs import crossing_ms, stage_costs, step_ms
 from planner.partitioning.layer_graph import build_layer_graph, chain_of, graph_from_json, graph_to_json
-from planner.planning import PlanRequest, make_plan, plan_profile
+from planner.planning import make_plan, plan_profile
 from planner.profiling.attribution import MeasuredRun, attribute
 from planner.rendering import links_line, render_plan
 from planner.rendering.links_text import describe_links
+from planner.request import PlanRequest
 from planner.scheduling.simulation import StageTimes, simulate
 from runner.comparing import compare
 from runner.gathering import build_measurement

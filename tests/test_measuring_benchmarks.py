@@ -9,7 +9,8 @@ from benchmarks import microbatches, prediction
 from benchmarks.prediction import Bench, Figure, Run, figures, lines, summary
 from planner.files.measurement_file import Measurement
 from planner.files.profile_file import LayerProfile, Machine, ModelReference, Profile, SizeProfile
-from planner.planning import PlanRequest, plan_profile
+from planner.planning import plan_profile
+from planner.request import PlanRequest
 from planner.scheduling.simulation import StageTimes
 from tests.sample_values import make_measurement_value
 

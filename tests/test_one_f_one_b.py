@@ -11,7 +11,7 @@ from planner.files.plan_file import Plan
 from planner.partitioning.chain import solve_chain
 from planner.partitioning.chain_costs import Chain, is_plain, stage_costs, step_ms
 from planner.partitioning.one_f_one_b import lower_bound_ms
-from planner.planning import PlanRequest, candidate_counts
+from planner.request import PlanRequest, candidate_counts
 from planner.scheduling.simulation import StageTimes, simulate
 from tests.running import ROOT, command
 from tests.test_chain import random_chain

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from planner.errors import ModelFileError, UsageError
-from planner.planning import PlanRequest
+from planner.request import PlanRequest
 from planner.tracing.loading import build, checked_batch, load_source
 from tests.running import ROOT, command, plan_at
 

@@ -256,3 +256,8 @@ def refuse_unwritable(path: Path, what: str, *, folder: bool = False) -> None:
     except OSError as error:
         rule = f"files must be able to be written in {existing}"
         raise UsageError(f"{what} cannot be written: {error.strerror}", rule, "give another path") from None
+
+
+def relative_to(path: str, folder: Path) -> str:
+    """`path` as it is written into a file in `folder`."""
+    return os.path.relpath(path, folder.resolve())

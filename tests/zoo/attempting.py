@@ -8,7 +8,8 @@ from pathlib import Path
 from planner.errors import PlannerError
 from planner.files.plan_file import Plan
 from planner.files.profile_file import Profile
-from planner.planning import PlanRequest, plan_profile
+from planner.planning import plan_profile
+from planner.request import PlanRequest
 from planner.tracing.exporting import trace_model
 from planner.tracing.loading import ModelSource, as_call, build, load_source, make_batch, rows
 from tests.zoo.made_up_costs import made_up_profile
