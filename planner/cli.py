@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from planner.command import guarded, stdout_to_stderr
 from planner.errors import RunError, UsageError
-from planner.files.plan_rules import MAX_SEED
-from planner.links_command import add_link_flags, given_links, linked, refuse_link_flags
-from planner.run_flags import add_run_flags, run_arguments, whole_number
-from planner.version import version
+from planner.links_command import given_links, linked, refuse_link_flags
+from planner.plan_flags import build_parser
+from planner.run_flags import run_arguments
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -26,86 +24,6 @@ if TYPE_CHECKING:
 
 
 ESTIMATE = ".estimate"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of `plan`."""
-    parser = argparse.ArgumentParser(
-        prog="plan",
-        description="Cut a model into pipeline stages: trace it, profile every layer, and solve for the balanced cut.",
-        epilog="exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 outside --tolerance, 4 --check found a"
-        " difference, 5 no plan fits, 130 interrupted",
-    )
-    parser.add_argument("model", nargs="?", metavar="MODEL.py[:NAME]", help="the model file (see --example)")
-    parser.add_argument("--gpus", type=whole_number(1), metavar="K", help="number of stages, exactly")
-    parser.add_argument("--example", action="store_true", help="print a model file to start from")
-    parser.add_argument("-o", "--output", metavar="FILE", help="the plan file (default NAME.plan.json here)")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of the table")
-    parser.add_argument("--draw", metavar="FILE.svg", help="draw the layer graph, coloured by stage, with its cuts")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument("--version", action="version", version=f"evenstage {version()}")
-    hugging_face = parser.add_argument_group("a Hugging Face model")
-    hugging_face.add_argument(
-        "--hf", metavar="CONFIG.json", help="plan the model of this configuration, local files only"
-    )
-    hugging_face.add_argument(
-        "--sequence-length", type=whole_number(1), metavar="N", help="tokens a sample (default: 128, or what fits)"
-    )
-    graph = parser.add_argument_group("a layer graph that came from elsewhere")
-    graph.add_argument("--graph", metavar="FILE", help="plan this node-link JSON instead of a model")
-    graph.add_argument("--objective", choices=["bottleneck"], help="minimise the largest stage load, not a step")
-    graph.add_argument("--no-transfers", action="store_true", help="with --objective: tensors cost nothing")
-    graph.add_argument("--cut-at", metavar="ID,ID…", help="score these cuts instead of searching")
-    costs = parser.add_argument_group("what is planned for")
-    costs.add_argument(
-        "--batch-size", type=whole_number(1), metavar="N", help="samples per step (default: the model's)"
-    )
-    costs.add_argument("--microbatches", type=_microbatches, default="auto", metavar="N|auto", help="default: auto")
-    costs.add_argument("--schedule", choices=["gpipe", "1f1b"], default="gpipe", help="default: gpipe")
-    costs.add_argument("--precision", type=_precision, metavar="fp32|bf16", help="default: the model's, else fp32")
-    costs.add_argument(
-        "--bandwidth",
-        type=_bandwidth,
-        metavar="RATE",
-        help="of each link: 12GB/s (bytes), 100Gb/s (bits); default: free",
-    )
-    add_link_flags(costs)
-    costs.add_argument(
-        "--memory", type=_memory, metavar="SIZE", help="what each stage may need, e.g. 24GiB (default: the GPU's)"
-    )
-    costs.add_argument("--plain", action="store_true", help="only cuts that stock torch does rightly by split_spec")
-    costs.add_argument(
-        "--granularity",
-        choices=["module", "operation", "auto"],
-        help="cut before modules (default), before any operation, or before operations of layers too large to balance",
-    )
-    costs.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, metavar="S", help="default: 0")
-    costs.add_argument(
-        "--meta", action="store_true", help="the model exceeds this machine: no process holds more than its part of it"
-    )
-    profile = parser.add_argument_group("the profile")
-    profile.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    profile.add_argument("--profile", metavar="FILE", help="plan from this profile, without hardware")
-    profile.add_argument(
-        "--estimate",
-        action="store_true",
-        help="run nothing: time from FLOPs and bytes at the peak of a device, for a first look",
-    )
-    profile.add_argument(
-        "--peak",
-        metavar="NAME|FLOPS,BYTES/s",
-        help="of that device: h100, a100, … or e.g. 67T,3.35T (default: one thread of this CPU)",
-    )
-    profile.add_argument("--fresh", action="store_true", help="measure again even where a fitting profile exists")
-    profile.add_argument(
-        "--from-measurement",
-        nargs="+",
-        metavar="FILE",
-        help="correct a profile (NAME.profile.json, or --profile) by what runs measured, oldest first, and plan again",
-    )
-    parser.add_argument("--train", action="store_true", help="then train the plan here and compare")
-    add_run_flags(parser)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -438,36 +356,3 @@ def _train(flags: argparse.Namespace, output: Path) -> int:
     if code < 0:
         raise RunError(f"the run was ended by signal {-code} ({signal.Signals(-code).name})")
     return code
-
-
-def _microbatches(text: str) -> int | None:
-    return None if text == "auto" else whole_number(1)(text)
-
-
-def _precision(text: str) -> str:
-    if text in ("fp32", "bf16"):
-        return text
-    from planner.tracing.loading import FP16_RULE
-
-    raise argparse.ArgumentTypeError(FP16_RULE if text == "fp16" else f"got {text!r}; it is fp32 or bf16")
-
-
-def _memory(text: str) -> int:
-    """Bytes: a number with a unit, e.g. 24GiB, 80GB, 512MiB, 1000B."""
-    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    units |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", text.strip())
-    value = int(float(found[1]) * units.get(found[2], 0)) if found else 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a size such as 24GiB, 80GB or 512MiB")
-    return value
-
-
-def _bandwidth(text: str) -> float:
-    """`parse_bandwidth` for argparse."""
-    from planner.bandwidth import parse_bandwidth
-
-    try:
-        return parse_bandwidth(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

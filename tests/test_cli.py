@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from planner.cli import _bandwidth, build_parser, main
+from planner.cli import main
 from planner.files.plan_file import Plan
 from planner.files.profile_file import Profile
+from planner.plan_flags import _bandwidth, build_parser
 from planner.request import PlanRequest, candidate_counts
 from tests.running import ROOT, command
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import planner.cli
+import planner.plan_flags
 import runner.options
 from planner.tracing.exporting import trace_model
 from planner.tracing.loading import build, load_source, make_batch
@@ -41,7 +41,7 @@ def write_files(page, folder):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_have_these_flags(page):
-    parsers = {"plan": planner.cli.build_parser(), "run-plan": runner.options.build_parser()}
+    parsers = {"plan": planner.plan_flags.build_parser(), "run-plan": runner.options.build_parser()}
     lines = [line for block in blocks(page, "") for line in block.splitlines()]
     assert lines
     for line in lines:

@@ -248,7 +248,7 @@ def test_too_few_steps_are_refused_with_the_least_number(tmp_path, steps, enough
 
 
 def test_plan_hands_the_flag_on():
-    from planner.cli import build_parser
+    from planner.plan_flags import build_parser
 
     flags = build_parser().parse_args(["--gpus", "2", "model.py", "--train", "--tensorboard", "tb"])
     assert run_arguments(flags) == ["--tensorboard", "tb"]
