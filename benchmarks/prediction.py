@@ -24,7 +24,7 @@ from planner.files.measurement_file import Measurement
 from planner.files.profile_file import Profile
 from planner.intervals import with_repeat
 from planner.planning import plan_profile
-from planner.profiling.profiler import concurrent_copies, device_kind, profile_model
+from planner.profiling.profiler import profile_model
 from planner.request import PlanRequest
 from planner.scheduling.simulation import StageTimes, simulate
 from runner.drift import note_drift
@@ -133,22 +133,22 @@ class Bench:
                     yield self._run(num_stages, schedule, steps, again=True)
 
     def _run(self, num_stages: int, schedule: str, steps: int, *, again: bool) -> Run:
-        copies = concurrent_copies(1 if self.rehearse else num_stages, device_kind(None))
-        before = self.latest.get(copies) or self._profile(copies)
+        before = self.latest.get(num_stages) or self._profile(num_stages)
         request = PlanRequest(num_stages, microbatches=MICROBATCHES, schedule="1f1b" if schedule == "1f1b" else "gpipe")
         with tempfile.TemporaryDirectory(prefix="evenstage-prediction-") as folder:
             run(plan_profile(before, request), Path(folder), steps=steps, rehearse=self.rehearse)
-            after = self._profile(copies)
+            after = self._profile(num_stages)
             measurement = note_drift(Path(folder), before, after)
-        self.latest[copies] = with_repeat(after, before)
+        self.latest[num_stages] = with_repeat(after, before)
         return Run(self.model.stem, num_stages, schedule, measurement.drift or 0.0, again, figures(measurement))
 
-    def _profile(self, copies: int) -> Profile:
+    def _profile(self, num_stages: int) -> Profile:
         return profile_model(
             str(self.model),
             batch_size=MICROBATCHES * SIZE,
             microbatch_sizes=(SIZE,),
-            num_workers=copies,
+            num_workers=1 if self.rehearse else num_stages,
+            num_stages=num_stages,
             num_rounds=self.num_rounds,
         )
 

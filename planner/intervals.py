@@ -2,7 +2,7 @@
 
 Two errors are told apart. Each layer's median has a standard error of its own, from the spread of its samples; these
 add up by their squares. And the machine as a whole is faster at one time than at another, which moves all layers alike
-and does not average out. That is estimated from what was seen of it: the two halves of every size's rounds, and the
+and does not average out. That is estimated from what was seen of it: the stretches of every size's rounds, and the
 profiles of this model that were made before (`Profile.repeats`). Few such observations say little, so they count with
 Student's quantile, not the normal one.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import hypot, pi, sqrt, tan
-from statistics import NormalDist
+from statistics import NormalDist, variance
 from typing import TYPE_CHECKING
 
 from planner.scheduling.simulation import StageTimes, simulate
@@ -63,21 +63,30 @@ class Uncertainty:
         return hypot(student_quantile(self.observations) * self.deviation * value_ms, own)
 
 
-def machine_uncertainty(halves: Sequence[float], repeats: Sequence[float] = ()) -> Uncertainty:
-    """How far the whole machine may be off, from differences between halves of a profile and between profiles.
+def machine_uncertainty(
+    halves: Sequence[float], repeats: Sequence[float] = (), periods: Sequence[Sequence[float]] = ()
+) -> Uncertainty:
+    """How far the whole machine may be off, from what a profile saw of it and from differences between profiles.
 
-    What profiles made at different times showed is the floor: halves of one profile are close together in time.
+    A profile saw its `periods` (the deviations of each from their mean, for every size) or its two `halves`. What
+    profiles made at different times showed is the floor: what one profile sees lies close together in time.
     """
-    squares = [NEW_PERIOD_OVER_HALVES * half * half for half in halves] + [repeat * repeat for repeat in repeats]
-    if not squares:
+    known = [(NEW_PERIOD_OVER_HALVES * half * half, 1) for half in halves]
+    known += [(variance(each) * (1 + 1 / len(each)), len(each) - 1) for each in periods]
+    known += [(repeat * repeat, 1) for repeat in repeats]
+    if not known:
         return Uncertainty(0.0, 0)
+    degrees = sum(count for _, count in known)
+    pooled = sum(square * count for square, count in known) / degrees
     floor = sum(repeat * repeat for repeat in repeats) / len(repeats) if repeats else 0.0
-    return Uncertainty(sqrt(max(sum(squares) / len(squares), floor)), len(squares))
+    return Uncertainty(sqrt(max(pooled, floor)), degrees)
 
 
 def uncertainty_of(profile: Profile) -> Uncertainty:
     """What a profile, measured at all its sizes in one go, says of the machine."""
-    return machine_uncertainty([size.drift for size in profile.sizes], profile.repeats)
+    halves = [size.drift for size in profile.sizes if len(size.periods) < 2]
+    periods = [size.periods for size in profile.sizes if len(size.periods) > 1]
+    return machine_uncertainty(halves, profile.repeats, periods)
 
 
 def with_intervals(plan: Plan, profile: Profile) -> Plan:

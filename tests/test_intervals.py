@@ -114,6 +114,16 @@ def test_students_quantiles(degrees: int, quantile: float):
     assert student_quantile(degrees) == pytest.approx(quantile, rel=5e-3)
 
 
+def test_more_periods_say_more_than_two_halves():
+    assert machine_uncertainty([], [], [(-0.01, 0.01)]) == machine_uncertainty([0.02])
+    several = machine_uncertainty([], [], [(-0.01, 0.01, -0.01, 0.01)])
+    assert several == Uncertainty(pytest.approx(0.01 * (4 / 3 * 1.25) ** 0.5), 3)
+    assert several.half_width_ms(1.0, 0.0) < machine_uncertainty([0.02]).half_width_ms(1.0, 0.0) / 2
+    one = profile([layer(0, (4.0, 0.0), (6.0, 0.0))], (0.5,))
+    seen = replace(one, sizes=(replace(one.sizes[0], periods=(-0.01, 0.01, -0.01, 0.01)),))
+    assert uncertainty_of(seen) == several
+
+
 def test_what_profiles_showed_at_different_times_is_the_floor():
     assert machine_uncertainty([0.001] * 4).deviation < 0.0011
     assert machine_uncertainty([0.001] * 4, [0.05]) == Uncertainty(pytest.approx(0.05), 5)

@@ -70,7 +70,7 @@ def test_it_drifts_twice_and_is_not_made_a_third_time(monkeypatch: pytest.Monkey
 def test_what_the_machine_showed_widens_later_intervals(monkeypatch: pytest.MonkeyPatch):
     bench_, _ = bench(monkeypatch, [1.0, 1.04, 1.04])
     list(bench_.runs([2], ["gpipe", "1f1b"], steps=3))
-    assert bench_.latest[1].repeats == pytest.approx((0.04, 0.0))
+    assert bench_.latest[2].repeats == pytest.approx((0.04, 0.0))
 
 
 def test_figures_have_raw_errors_errors_of_the_share_and_intervals():

@@ -1,20 +1,24 @@
 """In-situ timing, held to a clock that only operators of known cost advance."""
 
+import pytest
 import torch
 from torch import nn
 
-from planner.profiling.timing import Microbatch, summarise, time_layers, time_optimizer
+from planner.profiling import timing
+from planner.profiling.marked_graph import even_starts, marked_parts
+from planner.profiling.pooling import drift, periods, pooled
+from planner.profiling.timing import LayerSamples, Microbatch, summarise, time_layers, time_optimizer
 from planner.tracing.exporting import trace_model
 from planner.tracing.pieces import build_pieces
 from tests.working_clock import CLOCK, Layer, WorkingDevice, work
 
 
-def measure(model, num_microbatches=3):
+def measure(model, num_microbatches=3, num_parts=1):
     x = torch.ones(2, 3)
     pieces = build_pieces(trace_model(model, (x,), {}))
     microbatches = [Microbatch((x,), x) for _ in range(num_microbatches)]
     loss = lambda output, targets: work((output - targets).square().mean(), 0.5, 0.25)  # noqa: E731
-    samples = time_layers(pieces, microbatches, loss, WorkingDevice(), num_rounds=4)
+    samples = time_layers(pieces, microbatches, loss, WorkingDevice(), num_rounds=4, num_parts=num_parts)
     return pieces, samples
 
 
@@ -47,8 +51,9 @@ class Skip(nn.Module):
         return self.last(x + kept)
 
 
-def test_skips_do_not_move_backward_time_between_layers():
-    pieces, samples = measure(Skip())
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 4])
+def test_skips_do_not_move_backward_time_between_layers(num_parts):
+    pieces, samples = measure(Skip(), num_parts=num_parts)
     times = {layer.id: set(sample.backward_ms) for layer, sample in zip(pieces.trace.layers, samples, strict=True)}
     assert times == {"first": {10.0}, "middle": {20.0}, "side": {30.0}, "last": {40.25}}
 
@@ -65,9 +70,59 @@ class Frozen(nn.Module):
         return self.last(self.frozen(x))
 
 
-def test_frozen_layers_have_no_backward():
-    _, samples = measure(Frozen())
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_frozen_layers_have_no_backward(num_parts):
+    _, samples = measure(Frozen(), num_parts=num_parts)
     assert [set(sample.backward_ms) for sample in samples] == [{0.0}, {5.25}]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_a_layer_that_returns_what_it_was_given_takes_no_time_from_others(num_parts):
+    model = nn.Sequential(Layer(1, 10), nn.Dropout(0.0), nn.Dropout(0.0), Layer(2, 20))
+    _, samples = measure(model, num_parts=num_parts)
+    assert [set(sample.backward_ms) for sample in samples] == [{10.0}, {0.0}, {0.0}, {20.25}]
+    assert [set(sample.forward_ms) for sample in samples] == [{1.0}, {0.0}, {0.0}, {2.5}]
+
+
+def test_all_microbatches_pass_one_part_before_the_next():
+    pieces = build_pieces(trace_model(nn.Sequential(*(Layer(1, 1) for _ in range(4))), (torch.ones(2, 3),), {}))
+    assert even_starts([1.0] * 4, 2) == (0, 2)
+    step = timing._Step(
+        pieces, marked_parts(pieces.trace, (0, 2)), lambda output, targets: output.sum(), WorkingDevice()
+    )
+    order: list[tuple[str, str]] = []
+    run_forward, run_backward = timing._Run.forward, timing._Run.backward
+
+    class Noting(timing._Run):
+        def forward(self, index):
+            order.append(("forward", f"{index}"))
+            run_forward(self, index)
+
+        def backward(self, index):
+            order.append(("backward", f"{index}"))
+            run_backward(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "_Run", Noting)
+        timing._one_round(step, [timing.Microbatch((torch.ones(2, 3),), None)] * 2)
+    assert order == [
+        (kind, part) for kind, parts in (("forward", "01"), ("backward", "10")) for part in parts for _ in "ab"
+    ]
+
+
+def test_parts_leave_the_gradients_of_the_whole():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    x = torch.randn(2, 3)
+    pieces = build_pieces(trace_model(model, (x,), {}))
+    loss = lambda output, targets: (output - targets).square().mean()  # noqa: E731
+    found = []
+    for starts in ((0,), (0, 1, 3)):
+        timing.clear_gradients(pieces)
+        step = timing._Step(pieces, marked_parts(pieces.trace, starts), loss, WorkingDevice())
+        timing._one_round(step, [timing.Microbatch((x,), x)] * 2)
+        found.append([p.grad.clone() for piece in pieces.pieces for p in piece.module.parameters()])
+    assert len(found[0]) == 6 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_pieces_chained_equal_the_model():
@@ -103,3 +158,15 @@ def test_optimizer_is_timed_by_group_and_leaves_no_gradients():
     groups = [[nn.Parameter(torch.ones(5))], [], [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(4))]]
     assert time_optimizer(groups, lambda p: SlowOptimizer(p, lr=0.1), WorkingDevice(), 3) == [5.0, 0.0, 6.0]
     assert all(parameter.grad is None for group in groups for parameter in group)
+
+
+def test_samples_of_all_copies_are_pooled_round_by_round():
+    slow, fast = (
+        (LayerSamples((4.0, 4.0, 2.0, 2.0), (2.0, 1.0), (1.0, 1.0)),),
+        (LayerSamples((2.0, 2.0, 1.0, 1.0), (4.0, 2.0), (1.0, 1.0)),),
+    )
+    both = pooled([slow, fast])
+    assert both[0].forward_ms == (4.0, 2.0, 4.0, 2.0, 2.0, 1.0, 2.0, 1.0)
+    assert periods(both, 2) == pytest.approx((1 / 3, -1 / 3))
+    assert drift(both) == pytest.approx(0.5)
+    assert periods(both, 1) == () and len(periods(both, 15)) == 4

@@ -178,7 +178,8 @@ class SizeProfile:
     """All layers at one microbatch size, with the fingerprint of the trace at that size.
 
     `dependencies` are pairs (earlier, later) of indices of layers that keep their sequence in every order; null where
-    that is unknown, so that the layers stay in program order.
+    that is unknown, so that the layers stay in program order. `periods` say how much slower than on average (a
+    fraction) all layers were in each stretch of the rounds, `drift` how far apart the two halves of them were.
     """
 
     microbatch_size: int
@@ -189,6 +190,7 @@ class SizeProfile:
     drift: float
     memory: SizeMemory | None = None
     dependencies: tuple[tuple[int, int], ...] | None = None
+    periods: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:

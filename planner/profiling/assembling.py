@@ -46,7 +46,8 @@ class LayerTimes:
 class LayerCosts:
     """Of every layer its times; of every group of `optimizer_groups` the optimizer's time and memory.
 
-    `drift` is the relative difference between the halves of the rounds, 0 for what was not measured.
+    `drift` is the relative difference between the halves of the rounds, 0 for what was not measured; `periods` are
+    those of `SizeProfile`.
     """
 
     times: Sequence[LayerTimes]
@@ -55,6 +56,7 @@ class LayerCosts:
     temporaries_add: bool
     step: StepMemory
     drift: float = 0.0
+    periods: tuple[float, ...] = ()
 
 
 def measured_times(samples: LayerSamples) -> LayerTimes:
@@ -137,6 +139,7 @@ def size_profile(
             temporaries_add=costs.temporaries_add,
         ),
         dependencies=dependencies,
+        periods=costs.periods,
     )
 
 

@@ -1,26 +1,29 @@
-"""In-situ time of every layer: the whole cut graph at once, in GPipe order, stamped at the boundaries.
+"""In-situ time of every layer: the graph in as many parts as there will be stages, each in GPipe order.
 
 Layers timed alone and repeated are off by 10 to 28 % (hot caches, hot allocator); here every layer runs where it will
-run: forward after its predecessor, m microbatches forward, then m backward through one connected autograd graph.
-Backward is stamped by hooks on what each piece makes: autograd runs operations in reverse order of their creation, so
-the first hook of a piece to fire marks the moment when the pieces after it are done.
+run: after its predecessor, and after the same layers of the microbatch before. What one microbatch leaves in the caches
+for the next is worth 4 to 6 % of a stage, and a whole model in one part leaves less. Backward is stamped by hooks on
+what each layer makes: autograd runs operations in reverse order of their creation, so the first hook of a layer to fire
+marks the moment when the layers after it are done.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from planner.machine.device import Device
+from planner.profiling.marked_graph import Part, even_starts, marked_parts
 from planner.tracing.pieces import Pieces
 
 WARM_UP_ROUNDS = 2
+SEEN_BY = "_seen_by"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +50,31 @@ def time_layers(
     device: Device,
     num_rounds: int,
     before_round: Callable[[int], None] = lambda _: None,
+    num_parts: int = 1,
 ) -> tuple[LayerSamples, ...]:
-    """Samples of every layer over `num_rounds` steps after two of warm-up; gradients are None at each step's start.
+    """Samples of every layer over `num_rounds` steps after three of warm-up; gradients are None at each step's start.
 
-    `before_round` is called with the round's number before each, so that concurrent copies can meet there.
+    The layers are run in `num_parts` parts of about the same load, all microbatches through one before the next, as
+    that many stages would run them. `before_round` is called with the round's number before each, so that concurrent
+    copies can meet there.
     """
     count = len(pieces.pieces)
     forward: list[list[float]] = [[] for _ in range(count)]
     later: list[list[float]] = [[] for _ in range(count)]
     first: list[list[float]] = [[] for _ in range(count)]
+    step = _Step(pieces, marked_parts(pieces.trace, (0,)), loss_fn, device)
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for number in range(-WARM_UP_ROUNDS, num_rounds):
+        for number in range(-WARM_UP_ROUNDS - 1, num_rounds):
             before_round(number)
             clear_gradients(pieces)
-            for index, (f, b) in enumerate(_one_round(pieces, microbatches, loss_fn, device)):
+            times = _one_round(step, microbatches)
+            if number == -WARM_UP_ROUNDS and num_parts > 1:
+                starts = even_starts(map(sum, zip(*times[-1], strict=True)), num_parts)
+                step = replace(step, parts=marked_parts(pieces.trace, starts))
+            for index, (f, b) in enumerate(times):
                 if number >= 0:
                     _append(forward, f)
                     _append(first if index == 0 else later, b)
@@ -87,69 +98,146 @@ def clear_gradients(pieces: Pieces) -> None:
             parameter.grad = None
 
 
-def _one_round(
-    pieces: Pieces, microbatches: Sequence[Microbatch], loss_fn: Callable[[Any, Any], torch.Tensor], device: Device
-) -> list[tuple[list[float], list[float]]]:
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What all microbatches have in common."""
+
+    pieces: Pieces
+    parts: tuple[Part, ...]
+    loss_fn: Callable[[Any, Any], torch.Tensor]
+    device: Device
+
+
+def _one_round(step: _Step, microbatches: Sequence[Microbatch]) -> list[tuple[list[float], list[float]]]:
     """One GPipe step on one device: (forward, backward) milliseconds of all layers, per microbatch."""
-    runs = [_forward(pieces, microbatch, loss_fn, device) for microbatch in microbatches]
-    backwards = [_backward(run, device) for run in runs]
-    results = []
-    for run, (entries, stamps) in zip(runs, backwards, strict=True):
-        forward = device.elapsed_ms(run.stamps)
-        results.append((forward, _between(entries, device.elapsed_ms(stamps), len(forward))))
-    return results
+    runs = [_Run(step, microbatch) for microbatch in microbatches]
+    for index in range(len(step.parts)):
+        for run in runs:
+            run.forward(index)
+    for index in reversed(range(len(step.parts))):
+        for run in runs:
+            run.backward(index)
+    return [(run.times(_PartRun.forward_ms), run.times(_PartRun.backward_ms)) for run in runs]
 
 
-@dataclass(slots=True)
 class _Run:
-    loss: torch.Tensor | None
-    stamps: list[Any]
-    entries: dict[int, int]
-    marks: list[Any]
+    """One microbatch on its way through the parts, and its gradients on their way back."""
+
+    def __init__(self, step: _Step, microbatch: Microbatch) -> None:
+        self.step, self.microbatch = step, microbatch
+        self.values: dict[str, Any] = dict(zip(step.pieces.inputs, microbatch.inputs, strict=True))
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.parts = [_PartRun(step.device) for _ in step.parts]
+
+    def forward(self, index: int) -> None:
+        """Compute a part from what the earlier ones made; the loss belongs to the last."""
+        part, run, is_last = self.step.parts[index], self.parts[index], index == len(self.parts) - 1
+        inputs = [self._entering(name) for name in part.inputs]
+        run.inputs = dict(zip(part.inputs, inputs, strict=True))
+        loss = self._loss if is_last else None
+        with self.step.pieces.trace.computing():
+            self.values.update(zip(part.outputs, run.forward(part, inputs, loss), strict=True))
+        for name in part.released:
+            del self.values[name]
+        if is_last:
+            self.values.clear()
+
+    def _entering(self, name: str) -> Any:
+        value = self.values[name]
+        if name in self.step.pieces.inputs or not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().requires_grad_(value.requires_grad)
+
+    def _loss(self, outputs: tuple[Any, ...]) -> torch.Tensor:
+        values = {**self.values, **dict(zip(self.step.parts[-1].outputs, outputs, strict=True))}
+        return self.step.loss_fn(self.step.pieces.rebuild_output(values), self.microbatch.targets)
+
+    def backward(self, index: int) -> None:
+        """Backward of a part, from the loss or from what the later parts have left."""
+        part, run = self.step.parts[index], self.parts[index]
+        if index == len(self.parts) - 1:
+            run.backward([value for value in (run.loss,) if value is not None and value.requires_grad], [None])
+        else:
+            known = [name for name in part.outputs if name in self.gradients]
+            ends = [run.outputs[part.outputs.index(name)] for name in known]
+            run.backward(ends, [self.gradients.pop(name) for name in known])
+        for name, value in run.inputs.items():
+            if name not in self.step.pieces.inputs and isinstance(value, torch.Tensor) and value.grad is not None:
+                before = self.gradients.get(name)
+                self.gradients[name] = value.grad if before is None else before + value.grad
+        run.inputs = {}
+
+    def times(self, of: Callable[[_PartRun], list[float]]) -> list[float]:
+        """Milliseconds of all layers."""
+        return [value for part in self.parts for value in of(part)]
 
 
-def _forward(
-    pieces: Pieces, microbatch: Microbatch, loss_fn: Callable[[Any, Any], torch.Tensor], device: Device
-) -> _Run:
-    values: dict[str, Any] = dict(zip(pieces.inputs, microbatch.inputs, strict=True))
-    run = _Run(None, [device.stamp()], {}, [])
-    with pieces.trace.computing():
-        for index, piece in enumerate(pieces.pieces):
-            made = piece.module(*(values[name] for name in piece.inputs))
-            values.update(zip(piece.outputs, made, strict=True))
-            for name in piece.released:
-                del values[name]
-            if index == len(pieces.pieces) - 1:
-                run.loss = loss_fn(pieces.rebuild_output(values), microbatch.targets)
-            run.stamps.append(device.stamp())
-            _hook(run, index, made, device)
-    return run
+class _PartRun:
+    """A part on one microbatch: `spans` are the stamps around each layer's forward, `marks` those of its backward.
 
+    As torch's stages do, it holds its inputs and outputs until its backward.
+    """
 
-def _hook(run: _Run, index: int, made: Any, device: Device) -> None:
-    """Stamp when backward first reaches something that piece `index` made."""
+    def __init__(self, device: Device) -> None:
+        self.device, self.stamp = device, device.stamp
+        self.inputs: dict[str, Any] = {}
+        self.outputs: tuple[Any, ...] = ()
+        self.loss: torch.Tensor | None = None
+        self.spans: list[Any] = []
+        self.entries: dict[int, int] = {}
+        self.marks: list[Any] = []
 
-    def enter(_: torch.Tensor) -> None:
-        if index not in run.entries:
-            run.entries[index] = len(run.marks)
-            run.marks.append(device.stamp())
+    def forward(
+        self, part: Part, inputs: Sequence[Any], loss: Callable[[tuple[Any, ...]], torch.Tensor] | None
+    ) -> tuple[Any, ...]:
+        """Run and time all layers; what `loss` does counts as the last one's."""
+        for value in inputs:
+            self._claim(value)
+        self.spans.append(self.stamp())
+        self.outputs = part.function(self, *inputs)
+        if loss is not None:
+            self.loss = loss(self.outputs)
+        self.spans.append(self.stamp())
+        return self.outputs
 
-    for value in tree_leaves(made):
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            value.register_hook(enter)
+    def mark(self, made: tuple[Any, ...]) -> None:
+        """Called by the function after each layer but the last; what is done here lies between two layers' times."""
+        self.spans.append(self.stamp())
+        layer = len(self.spans) // 2 - 1
+        for value in made:
+            if self._claim(value) and value.requires_grad:
+                value.register_hook(functools.partial(self._enter, layer))
+        self.spans.append(self.stamp())
 
+    def _claim(self, value: Any) -> bool:
+        """Whether `value` is a tensor seen for the first time: dropout with p = 0 returns what it was given."""
+        if not isinstance(value, torch.Tensor) or getattr(value, SEEN_BY, None) is self:
+            return False
+        setattr(value, SEEN_BY, self)
+        return True
 
-def _backward(run: _Run, device: Device) -> tuple[list[int], list[Any]]:
-    """Run backward; the layers in the order in which they were entered, and the stamps of entries and end."""
-    assert run.loss is not None
-    last = len(run.stamps) - 2
-    run.entries[last] = 0
-    run.marks.append(device.stamp())
-    run.loss.backward()
-    end = device.stamp()
-    run.loss = None
-    order = sorted(run.entries, key=lambda layer: run.entries[layer])
-    return order, [*run.marks, end]
+    def _enter(self, layer: int, _: torch.Tensor) -> None:
+        if layer not in self.entries:
+            self.entries[layer] = len(self.marks)
+            self.marks.append(self.stamp())
+
+    def backward(self, ends: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
+        """Backward from `ends`; nothing where none of them has a gradient."""
+        self.entries[len(self.spans) // 2 - 1] = 0
+        self.marks.append(self.stamp())
+        if ends:
+            torch.autograd.backward(ends, gradients)
+        self.marks.append(self.stamp())
+        self.loss, self.outputs = None, ()
+
+    def forward_ms(self) -> list[float]:
+        """Milliseconds of every layer."""
+        return self.device.elapsed_ms(self.spans)[::2]
+
+    def backward_ms(self) -> list[float]:
+        """Milliseconds of every layer."""
+        order = sorted(self.entries, key=lambda layer: self.entries[layer])
+        return _between(order, self.device.elapsed_ms(self.marks), len(self.spans) // 2)
 
 
 def _between(order: list[int], elapsed: list[float], num_layers: int) -> list[float]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from planner.profiling.assembling import LayerCosts
     from planner.profiling.opening import Opening
     from planner.profiling.profiler import ProfileRequest
-    from planner.profiling.timing import LayerSamples, Microbatch
+    from planner.profiling.timing import Microbatch
     from planner.tracing.exporting import Trace
     from planner.tracing.loading import ModelSource
     from planner.tracing.pieces import Pieces
@@ -141,7 +141,7 @@ def _time_trace(
     microbatches = microbatches_of(batch, size, request.batch_size)
     measure = _measure_piecewise if meta else _measure_in_place
     try:
-        costs = measure(pieces, microbatches, source, device, request.num_rounds, _Meeting(request, size))
+        costs = measure(pieces, microbatches, source, device, request, _Meeting(request, size))
     except PlannerError:
         raise
     except Exception as error:
@@ -156,22 +156,25 @@ def _measure_in_place(
     microbatches: list[Microbatch],
     source: ModelSource,
     device: Device,
-    num_rounds: int,
+    request: ProfileRequest,
     meet: Callable[[int], None],
 ) -> LayerCosts:
     """What all layers cost where they run."""
     from planner.profiling.assembling import LayerCosts, measured_times, optimizer_groups
     from planner.profiling.memory import track_step
     from planner.profiling.optimizer_memory import track_optimizer
+    from planner.profiling.pooling import drift, gathered, periods, rounds_of_each
     from planner.profiling.timing import time_layers, time_optimizer
 
     groups = optimizer_groups(pieces.trace, pieces)
-    samples = time_layers(pieces, microbatches, source.loss_fn, device, num_rounds, meet)
+    rounds, num_parts = rounds_of_each(request.num_rounds, request.copies), request.num_stages
+    own = time_layers(pieces, microbatches, source.loss_fn, device, rounds, meet, num_parts)
+    samples = gathered(own)
     optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
     step = track_step(pieces, microbatches, source.loss_fn, device)
     optimizer, temporaries_add = track_optimizer(groups, source.make_optimizer, device.block_bytes)
     times = [measured_times(layer) for layer in samples]
-    return LayerCosts(times, optimizer_ms, optimizer, temporaries_add, step, _drift(samples))
+    return LayerCosts(times, optimizer_ms, optimizer, temporaries_add, step, drift(samples), periods(samples, rounds))
 
 
 def _measure_piecewise(
@@ -179,7 +182,7 @@ def _measure_piecewise(
     microbatches: list[Microbatch],
     source: ModelSource,
     device: Device,
-    num_rounds: int,
+    request: ProfileRequest,
     meet: Callable[[int], None],
 ) -> LayerCosts:
     """`_measure_in_place` with one layer in memory at a time."""
@@ -187,15 +190,18 @@ def _measure_piecewise(
     from planner.profiling.memory import track_fake_step
     from planner.profiling.optimizer_memory import track_optimizer_by_sample
     from planner.profiling.piecewise import time_pieces
+    from planner.profiling.pooling import drift, gathered, periods, rounds_of_each
 
-    groups, rounds = optimizer_groups(pieces.trace, pieces), (num_rounds, OPTIMIZER_ROUNDS)
-    samples, optimizer_ms = time_pieces(
-        pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, rounds, meet
+    rounds = rounds_of_each(request.num_rounds, request.copies)
+    groups = optimizer_groups(pieces.trace, pieces)
+    own, optimizer_ms = time_pieces(
+        pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, (rounds, OPTIMIZER_ROUNDS), meet
     )
+    samples = gathered(own)
     step = track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes)
     optimizer, temporaries_add = track_optimizer_by_sample(groups, source.make_optimizer)
     times = [measured_times(layer) for layer in samples]
-    return LayerCosts(times, optimizer_ms, optimizer, temporaries_add, step, _drift(samples))
+    return LayerCosts(times, optimizer_ms, optimizer, temporaries_add, step, drift(samples), periods(samples, rounds))
 
 
 def _explained(error: Exception, source: ModelSource) -> PlannerError:
@@ -218,29 +224,19 @@ class _Meeting:
     """Called before each round: all copies meet, and rank 0 says how far the profile is."""
 
     def __init__(self, request: ProfileRequest, size: int) -> None:
+        from planner.profiling.pooling import rounds_of_each
+
         self.request, self.size = request, size
+        self.rounds = rounds_of_each(request.num_rounds, request.copies)
 
     def __call__(self, number: int) -> None:
         import torch.distributed as dist
 
         dist.barrier()
         if dist.get_rank() == 0 and self.request.progress:
-            done = self.request.microbatch_sizes.index(self.size) + max(number, 0) / self.request.num_rounds
+            done = self.request.microbatch_sizes.index(self.size) + max(number, 0) / self.rounds
             share = done / len(self.request.microbatch_sizes)
             Path(self.request.progress).write_text(f"{share:.4f} microbatches of {self.size}", encoding="utf-8")
-
-
-def _drift(samples: tuple[LayerSamples, ...]) -> float:
-    """Relative difference between the first and the second half of the rounds, over all layers."""
-    from statistics import median
-
-    halves = [0.0, 0.0]
-    for layer in samples:
-        for values in (layer.forward_ms, layer.backward_ms):
-            middle = max(1, len(values) // 2)
-            halves[0] += median(values[:middle])
-            halves[1] += median(values[middle:] or values)
-    return abs(halves[1] - halves[0]) / max(halves[0], 1e-9)
 
 
 if __name__ == "__main__":
