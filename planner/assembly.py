@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 from planner.files.plan_file import (
@@ -95,7 +95,7 @@ def assemble(
 
 
 def _cuts(chain: Chain, cuts: tuple[int, ...]) -> tuple[Cut, ...]:
-    forward, backward = crossing_ms(chain)
+    forward, backward = crossing_ms(replace(chain, boundary_forward_ms=0.0, boundary_backward_ms=0.0))
     found = []
     for cut in cuts:
         tensors = crossing(chain, cut)

@@ -5,6 +5,9 @@ add up by their squares. And the machine as a whole is faster at one time than a
 and does not average out. That is estimated from what was seen of it: the stretches of every size's rounds, and the
 profiles of this model that were made before (`Profile.repeats`). Few such observations say little, so they count with
 Student's quantile, not the normal one.
+
+And sums of layers are not stages: where a stage's tensors lie in memory, and what its neighbours leave in the caches,
+differs from the profile. How much that is was found over the runs of `benchmarks/prediction.py` (docs/accuracy.md).
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 COVERAGE = 0.9
 MOST_REPEATS = 16
+MODEL_DEVIATION = 0.02
+BOUNDARY_DEVIATION = 0.5
 # Halves differ by twice the variance of one period; the mean of both differs from a new period by 1.5 times it.
 NEW_PERIOD_OVER_HALVES = 1.5 / 2
 
@@ -93,25 +98,39 @@ def with_intervals(plan: Plan, profile: Profile) -> Plan:
     """`plan` with the 90 % interval of every stage's times and of the step; of an estimate nothing is known."""
     if profile.estimated is not None:
         return plan
-    sure = uncertainty_of(profile)
+    sure, size = uncertainty_of(profile), profile.size(plan.microbatch_size)
+    errors = [_stage_errors_ms(plan, stage, size) for stage in plan.stages]
     return replace(
         plan,
-        stages=tuple(_stage_with_intervals(stage, sure) for stage in plan.stages),
-        step_interval_ms=sure.half_width_ms(plan.scheduled_step_ms(), _step_error_ms(plan)),
+        stages=tuple(_stage_with_intervals(stage, sure, each) for stage, each in zip(plan.stages, errors, strict=True)),
+        step_interval_ms=sure.half_width_ms(plan.scheduled_step_ms(), _step_error_ms(plan, errors)),
     )
 
 
-def _stage_with_intervals(stage: Stage, sure: Uncertainty) -> Stage:
-    load_error = hypot(stage.forward_spread_ms, stage.backward_spread_ms)
+def _stage_errors_ms(plan: Plan, stage: Stage, size: SizeProfile) -> tuple[float, float]:
+    """Standard errors of a stage's forward and backward, whatever the machine does: samples, boundaries, and layout."""
+    boundaries = (stage.index > 0) + (stage.index < plan.num_stages - 1)
+
+    def error(spread_ms: float, value_ms: float, boundary_ms: float) -> float:
+        return hypot(spread_ms, MODEL_DEVIATION * value_ms, BOUNDARY_DEVIATION * boundaries * boundary_ms)
+
+    return (
+        error(stage.forward_spread_ms, stage.forward_ms, size.boundary_forward_ms),
+        error(stage.backward_spread_ms, stage.backward_ms, size.boundary_backward_ms),
+    )
+
+
+def _stage_with_intervals(stage: Stage, sure: Uncertainty, errors_ms: tuple[float, float]) -> Stage:
+    forward, backward = errors_ms
     return replace(
         stage,
-        forward_interval_ms=sure.half_width_ms(stage.forward_ms, stage.forward_spread_ms),
-        backward_interval_ms=sure.half_width_ms(stage.backward_ms, stage.backward_spread_ms),
-        load_interval_ms=sure.half_width_ms(stage.load_ms, load_error),
+        forward_interval_ms=sure.half_width_ms(stage.forward_ms, forward),
+        backward_interval_ms=sure.half_width_ms(stage.backward_ms, backward),
+        load_interval_ms=sure.half_width_ms(stage.load_ms, hypot(forward, backward)),
     )
 
 
-def _step_error_ms(plan: Plan) -> float:
+def _step_error_ms(plan: Plan, errors_ms: Sequence[tuple[float, float]]) -> float:
     """The step's standard error: by how much it moves where one stage's time moves by its own, over all stages."""
     times = [StageTimes(s.forward_ms, s.backward_ms, s.backward_first_ms, s.optimizer_ms) for s in plan.stages]
 
@@ -120,8 +139,7 @@ def _step_error_ms(plan: Plan) -> float:
 
     base = step(times[0], 0)
     moves = []
-    for index, (own, stage) in enumerate(zip(times, plan.stages, strict=True)):
-        forward, backward = stage.forward_spread_ms, stage.backward_spread_ms
+    for index, (own, (forward, backward)) in enumerate(zip(times, errors_ms, strict=True)):
         moves.append(step(replace(own, forward_ms=own.forward_ms + forward), index) - base)
         slower = replace(
             own, backward_ms=own.backward_ms + backward, backward_first_ms=own.backward_first_ms + backward

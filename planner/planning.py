@@ -103,7 +103,7 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
     from planner.assembly import assemble
     from planner.intervals import with_intervals
     from planner.memory_advice import explain_infeasible
-    from planner.partitioning.chain import best_plain_within
+    from planner.partitioning.chain import TooFewCutsError, best_plain_within
     from planner.partitioning.memory_limit import TooLittleMemoryError
 
     if request.precision not in (None, profile.precision):
@@ -121,6 +121,11 @@ def plan_profile(profile: Profile, request: PlanRequest, *, keep: tuple[int, ...
             candidates.append(_solve(profile.size(batch_size // count), request, count, limit, len(counts)))
         except TooLittleMemoryError as error:
             refused.append(error)
+        except TooFewCutsError as error:
+            if profile.granularity == "module" and profile.model.file is not None:
+                remedy = f"{error.remedy}, or --granularity operation, which also cuts inside modules"
+                raise TooFewCutsError(error.got, error.rule, remedy) from None
+            raise
     if not candidates:
         raise explain_infeasible(
             refused,

@@ -17,6 +17,7 @@ from planner.files.measurement_file import (
     SpeedUp,
     StageFigures,
     StageMeasurement,
+    StartTimes,
     StepRecord,
     StepTimes,
 )
@@ -123,6 +124,7 @@ class BalanceReport:
     clock_words: str
     device_name: str
     rehearsed: bool = False
+    start: StartTimes | None = None
 
     @property
     def largest_error(self) -> float:
@@ -151,8 +153,10 @@ class BalanceReport:
         return not unforeseen and self.largest_error <= tolerance
 
 
-def compare(plan: Plan, measurement: Measurement) -> BalanceReport:
+def compare(plan: Plan, measurement: Measurement, file: str = "") -> BalanceReport:
     """Hold a measurement against the plan that was run. Times in ms, errors and shares as fractions.
+
+    `file` is where the measurement lies, if it can be planned from (`runner.verdict.to_plan_from`).
 
     Raises FileError where the measurement is of another plan.
     """
@@ -164,7 +168,7 @@ def compare(plan: Plan, measurement: Measurement) -> BalanceReport:
     errors = {(s.index, k): t.error for s in stages for k, t in (("forward", s.forward), ("backward", s.backward))}
     return BalanceReport(
         title=model_title(plan),
-        verdict=find_verdict(plan, [stage.measured_load_ms for stage in stages], errors, measured_bubble),
+        verdict=find_verdict(plan, [stage.measured_load_ms for stage in stages], errors, measured_bubble, file),
         schedule=measurement.schedule,
         num_microbatches=measurement.num_microbatches,
         microbatch_size=measurement.microbatch_size,
@@ -190,6 +194,7 @@ def compare(plan: Plan, measurement: Measurement) -> BalanceReport:
         clock_words=clock_words(measurement),
         device_name=measurement.machine.device_name,
         rehearsed=measurement.rehearsed,
+        start=measurement.start,
     )
 
 

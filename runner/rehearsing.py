@@ -133,7 +133,8 @@ def rehearse(context: RunContext) -> None:
     if options.export_weights is not None:
         write_weights(options.export_weights, _weights(stages))
     check = None if reference is None else reference.finish()
-    write_run(context, list(zip(*results, strict=True)), check, None)
+    start = max((stage.built.start for stage in stages), key=lambda one: one.total_s)
+    write_run(context, list(zip(*results, strict=True)), check, None, start)
 
 
 def _build(context: RunContext) -> list[RehearsedStage]:

@@ -175,6 +175,7 @@ def render_comparison(plan: Plan, measurement_file: Path, kind: str) -> str:
     from runner.reporting.chrome_trace import render_chrome_trace
     from runner.reporting.page import render_html
     from runner.reporting.terminal import render_report
+    from runner.verdict import to_plan_from
 
     measurement = Measurement.load(measurement_file)
     if measurement.plan != plan.model.fingerprint:
@@ -183,7 +184,7 @@ def render_comparison(plan: Plan, measurement_file: Path, kind: str) -> str:
             "the two belong together",
             "name the plan that was run",
         )
-    report = compare(plan, measurement)
+    report = compare(plan, measurement, to_plan_from(measurement_file, measurement.name))
     if kind == "html":
         return render_html(report, plan, measurement)
     if kind == "perfetto":

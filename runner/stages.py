@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch.distributed.pipelining import pipeline
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from planner.errors import TraceError, UsageError, user_frames
+from planner.files.measurement_file import StartTimes
 from planner.files.plan_file import Plan, TiedParameter
 from planner.machine.device import Device
 from planner.tracing.deferred_model import build_either
@@ -39,7 +41,7 @@ class BuiltStage:
 
     `output_leaves` are the model's output leaves in order: an OutputTensor for each tensor, constants as they are.
     `inputs` says which inputs every batch must have.
-    `untouched_state` is what no stage uses, on the first stage only.
+    `untouched_state` is what no stage uses, on the first stage only. `start` is how long all of this took.
     """
 
     stage: Any
@@ -51,6 +53,7 @@ class BuiltStage:
     untouched_state: dict[str, torch.Tensor]
     num_dropouts_removed: int
     inputs: TracedInputs
+    start: StartTimes
 
     def rebuild_output(self, output: Any) -> Any:
         """The last stage's flat output in the model's own structure (a tensor, dict, tuple or ModelOutput)."""
@@ -69,9 +72,12 @@ class _Policy:
         self.device = device
         self.without_dropout = without_dropout
         self.removed = 0
+        self.exported_at = 0.0
         self.leaves: tuple[Any, ...] = ()
 
     def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
+        self.exported_at = time.perf_counter()
+        never_written_as_code(gm)
         gm = self.inner(gm)
         output = gm.graph.output_node().args[0]
         leaves = tree_leaves(output, is_leaf=lambda leaf: leaf is None)
@@ -81,6 +87,15 @@ class _Policy:
         if self.without_dropout:
             self.removed = prepare_for_comparison(gm)
         return gm
+
+
+def never_written_as_code(gm: fx.GraphModule) -> None:
+    """Let `gm` stay a graph: nobody calls it before it is split, and writing it as Python costs as much as a cut.
+
+    torch writes it twice itself, once of these for a message that is not shown.
+    """
+    gm.recompile = lambda: None  # type: ignore[method-assign,assignment,return-value]
+    gm.print_readable = lambda *_, **__: ""  # type: ignore[method-assign]
 
 
 def prepare_for_comparison(gm: fx.GraphModule) -> int:
@@ -135,6 +150,7 @@ def build_stages(
     torch gives every stage copies of the tied parameters that it holds, as ranks have them. Raises what `build_stage`
     raises.
     """
+    began = time.perf_counter()
     model, deferred = build_either(source, plan.seed, meta=meta or plan.model.meta, draws=weights is None)
     inputs, _ = make_batch(source, plan.seed, 0, plan.batch_size)
     args, kwargs = as_call(rows(inputs, 0, plan.microbatch_size))
@@ -142,12 +158,16 @@ def build_stages(
     state = model.state_dict()
     first = initial_weights(model, names, deferred, weights)
     policy = _Policy(model, plan, device.torch_device, without_dropout)
+    model_built = time.perf_counter()
     pipe = _stock_pipe(plan, model, args, kwargs) if stock else _policy_pipe(source, policy, model, args, kwargs)
+    exported_at = policy.exported_at or time.perf_counter()  # stock `split_spec` does not say when it has exported
+    piped = time.perf_counter()
     if pipe.num_stages != plan.num_stages:
         raise TraceError(f"torch made {pipe.num_stages} stages", f"the plan has {plan.num_stages}", "plan again")
     used = {name for k in range(plan.num_stages) for name, _ in _state_of(pipe.get_stage_module(k))}
     trace = policy.inner.trace
     for index in indices:
+        stage_began = time.perf_counter()
         first.give(pipe.get_stage_module(index))
         untouched = {n: t for n, t in state.items() if names.get(n, n) not in used} if index == 0 else {}
         if index == 0 and weights is not None:
@@ -166,6 +186,12 @@ def build_stages(
             untouched_state={name: first.value(name, tensor) for name, tensor in untouched.items()},
             num_dropouts_removed=policy.removed,
             inputs=TracedInputs.of(inputs),
+            start=StartTimes(
+                model_s=model_built - began,
+                export_s=exported_at - model_built,
+                pipeline_s=piped - exported_at,
+                stage_s=time.perf_counter() - stage_began,
+            ),
         )
 
 

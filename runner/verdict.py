@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from planner.files.plan_file import Plan
 from planner.rendering import clean, format_ms, format_percent, gap
@@ -43,14 +44,20 @@ def find_verdict(
     loads_ms: Sequence[float],
     errors: Mapping[tuple[int, str], float | None],
     bubble: float | None,
+    measurement: str = "",
 ) -> Verdict:
     """The verdict from measured loads (ms per microbatch and stage), scaled errors by (stage, direction), and bubble.
 
-    Errors and the bubble are fractions.
+    Errors and the bubble are fractions. `measurement` is the run's file, where it has one.
     """
     limiting = max(range(len(loads_ms)), key=lambda stage: loads_ms[stage])
-    advice, command = _advice(plan, loads_ms, errors, bubble)
+    advice, command = _advice(plan, loads_ms, errors, bubble, measurement)
     return Verdict(_finding(loads_ms, limiting), advice, command, limiting)
+
+
+def to_plan_from(file: Path, name: str) -> str:
+    """The measurement's `file`, where the profile of the model `name` lies at hand to be corrected; else empty."""
+    return str(file) if Path(f"{name}.profile.json").exists() else ""
 
 
 def _finding(loads_ms: Sequence[float], limiting: int) -> str:
@@ -72,6 +79,7 @@ def _advice(
     loads_ms: Sequence[float],
     errors: Mapping[tuple[int, str], float | None],
     bubble: float | None,
+    measurement: str,
 ) -> tuple[str, str | None]:
     worst = max(errors, key=lambda key: abs(errors[key] or 0.0))
     worst_error = errors[worst] or 0.0
@@ -80,14 +88,14 @@ def _advice(
     if abs(worst_error) > MISPREDICTED:
         direction = "more" if worst_error > 0 else "less"
         missed = f"{format_percent(abs(worst_error))} {direction} of the work than predicted"
-        return f"the {worst[1]} of stage {worst[0]} took {missed}, so measure again", plan_command(plan, "--fresh")
+        return _plan_from(measurement, plan, f"the {worst[1]} of stage {worst[0]} took {missed}")
     mean = sum(loads_ms) / len(loads_ms)
     unevenness = max(loads_ms) / mean - 1 if mean > 0 else 0.0
     if bubble is not None and bubble > IDLE and bubble > 2 * unevenness:
         return _fill_pipeline(plan, bubble)
     if unevenness <= EVEN:
         return "the stages are even within 2 %, so there is nothing to gain from other cuts", None
-    return _even_out(plan)
+    return _even_out(plan, measurement)
 
 
 def _fill_pipeline(plan: Plan, bubble: float) -> tuple[str, str]:
@@ -102,10 +110,17 @@ def _fill_pipeline(plan: Plan, bubble: float) -> tuple[str, str]:
     return f"{idle}, so use a larger batch", plan_command(plan, batch_size=2 * plan.batch_size)
 
 
-def _even_out(plan: Plan) -> tuple[str, str | None]:
+def _plan_from(measurement: str, plan: Plan, finding: str) -> tuple[str, str]:
+    """The costs were wrong: what was just measured says more than another profile would."""
+    if not measurement:
+        return f"{finding}, so measure again", plan_command(plan, "--fresh")
+    return f"{finding}, so plan from what was measured", f"plan --from-measurement {shlex.quote(clean(measurement))}"
+
+
+def _even_out(plan: Plan, measurement: str) -> tuple[str, str | None]:
     loads = [stage.load_ms for stage in plan.stages]
     if max(loads) * len(loads) <= (1 + EVEN) * sum(loads):
-        return "the plan had expected even stages, so measure again", plan_command(plan, "--fresh")
+        return _plan_from(measurement, plan, "the plan had expected even stages")
     distance = gap(plan)
     if plan.status == "optimal":
         return "no legal cut is faster on the plan's costs, which is proven", None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from planner.errors import FileError, UsageError
 
 if TYPE_CHECKING:
-    from planner.files.measurement_file import CheckResult, SpeedUp
+    from planner.files.measurement_file import CheckResult, SpeedUp, StartTimes
     from planner.files.plan_file import Plan
     from planner.machine.device import Device
     from planner.tracing.loading import ModelSource
@@ -136,7 +136,7 @@ def run(context: RunContext) -> None:
     check, not_exported = _finish_check(context, trainer, reference)
     speed_up = compare_cuts(context) if options.against else None
     try:
-        _report(context, results, check, speed_up)
+        _report(context, results, check, speed_up, built.start)
     finally:
         if not_exported is not None:
             raise not_exported
@@ -253,15 +253,20 @@ def _finish_check(
 
 
 def _report(
-    context: RunContext, results: list[StepResult], check: CheckResult | None, speed_up: SpeedUp | None
+    context: RunContext,
+    results: list[StepResult],
+    check: CheckResult | None,
+    speed_up: SpeedUp | None,
+    start: StartTimes,
 ) -> None:
     """Gather what was measured; rank 0 writes and prints."""
     import torch.distributed as dist
 
     gathered: list[Any] | None = [None] * dist.get_world_size() if context.rank == 0 else None
-    dist.gather_object(results, gathered)
+    dist.gather_object((results, start), gathered)
     if gathered is None:
         return
     from runner.writing import write_run
 
-    write_run(context, gathered, check, speed_up)
+    slowest = max((one for _, one in gathered), key=lambda one: one.total_s)
+    write_run(context, [each for each, _ in gathered], check, speed_up, slowest)

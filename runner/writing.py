@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.errors import ToleranceError, UsageError
-from planner.files.measurement_file import CheckResult, Measurement, SpeedUp
+from planner.files.measurement_file import CheckResult, Measurement, SpeedUp, StartTimes
 from planner.files.reading import encode, write_text
 from planner.machine.device import describe_machine
 from runner.comparing import compare
@@ -18,6 +19,7 @@ from runner.reporting.page import render_html
 from runner.reporting.terminal import render_report
 from runner.tensorboard_run import describe, run_name, write_timelines
 from runner.training import StepResult
+from runner.verdict import to_plan_from
 
 if TYPE_CHECKING:
     from runner.worker import RunContext
@@ -28,6 +30,7 @@ def write_run(
     results: Sequence[Sequence[StepResult]],
     check: CheckResult | None,
     speed_up: SpeedUp | None,
+    start: StartTimes,
 ) -> None:
     """Build the measurement, write the run's files, print the report, and hold it against `--tolerance`."""
     if not results[0]:
@@ -38,9 +41,10 @@ def write_run(
     measurement = build_measurement(
         context.plan, results, machine, clock, check, speed_up, reference, rehearsed=context.options.rehearse
     )
+    measurement = replace(measurement, start=start)
     plan = context.plan.seen_from_here(context.options.plan.parent)
-    report = compare(plan, measurement)
     folder = context.options.run_dir
+    report = compare(plan, measurement, to_plan_from(folder / "measurement.json", measurement.name))
     write_measurement(folder, measurement)
     write_text(folder / "report.html", render_html(report, plan, measurement))
     write_text(folder / "trace.json", render_chrome_trace(report))

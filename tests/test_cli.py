@@ -11,6 +11,7 @@ import pytest
 from planner.cli import main
 from planner.files.plan_file import Plan
 from planner.files.profile_file import Profile
+from planner.machine.device import available_cores
 from planner.plan_flags import _bandwidth, build_parser
 from planner.request import PlanRequest, candidate_counts
 from tests.running import ROOT, command
@@ -33,7 +34,11 @@ def test_plan_writes_plan_and_profile_and_shows_the_proof(planned):
     assert (plan.num_stages, plan.num_microbatches, plan.microbatch_size) == (3, 4, 3)
     assert plan.model.file == "model.py"
     assert "optimal" in ended.stdout and ended.stdout.rstrip().endswith("wrote model.plan.json, model.profile.json")
-    assert Profile.load(folder / "model.profile.json").model.file == "model.py"
+    profile = Profile.load(folder / "model.profile.json")
+    assert profile.model.file == "model.py" and profile.concurrent_copies == min(3, 2 * available_cores())
+    for size in profile.sizes:
+        assert size.boundary_forward_ms > 0 and size.boundary_backward_ms > 0
+        assert len(size.periods) == 4 and abs(sum(size.periods)) < 1e-9
 
 
 def test_bound_step_and_baselines_are_in_order(planned):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from planner.errors import FileError
 from planner.files.plan_file import CurvePoint, Plan, PlannedModel
 from planner.scheduling.simulation import StageTimes
 from runner.comparing import BalanceReport, compare
+from runner.verdict import to_plan_from
 from tests.sample_values import make_measurement_value, make_plan_value, sample_measurement, sample_plan
 
 EVEN = (StageTimes(1, 2, 2, 0), StageTimes(1, 2, 2, 0))
@@ -142,6 +144,16 @@ def test_commands_quote_what_a_shell_would_read() -> None:
     plan = make_plan_value(EVEN, 3, NAMES, model=model)
     command = compare(plan, make_measurement_value(plan, UNEVEN)).verdict.command
     assert command == "plan --gpus 2 'my model;rm.py:build_large' --batch-size 3 --fresh"
+
+
+def test_wrong_costs_are_corrected_from_the_run_that_showed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan, file = make_plan_value(EVEN, 3, NAMES), Path("my runs/measurement.json")
+    assert to_plan_from(file, "model") == ""
+    Path("model.profile.json").touch()
+    verdict = compare(plan, make_measurement_value(plan, UNEVEN), to_plan_from(file, "model")).verdict
+    assert verdict.command == "plan --from-measurement 'my runs/measurement.json'"
+    assert "so plan from what was measured" in verdict.advice
 
 
 def test_clocks_are_told_in_words() -> None:

@@ -38,8 +38,13 @@ def plan_by_operations(num_stages: int) -> Plan:
 
 def test_a_model_that_is_one_module_has_no_cut_before_a_module() -> None:
     profile = made_up_profile(load_source(str(MODEL)), trace_of_one_module(), BATCH_SIZE, SIZE)
-    with pytest.raises(PlannerError, match="cannot cut 1 layers"):
-        plan_profile(profile, PlanRequest(3, BATCH_SIZE, BATCH_SIZE // SIZE))
+    request = PlanRequest(3, BATCH_SIZE, BATCH_SIZE // SIZE)
+    with pytest.raises(PlannerError, match="cannot cut 1 layers") as refused:
+        plan_profile(profile, request)
+    assert "--granularity operation" in refused.value.remedy
+    with pytest.raises(PlannerError, match="cannot cut 1 layers") as refused:
+        plan_profile(replace(profile, granularity="operation"), request)
+    assert "--granularity" not in refused.value.remedy
 
 
 def test_between_its_operations_it_is_cut_into_three_stages_that_train_as_the_model() -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from planner import intervals
 from planner.errors import FileError
 from planner.files.plan_file import Plan
-from planner.files.profile_file import LayerProfile, Machine, ModelReference, Profile, SizeProfile
+from planner.files.profile_file import LayerProfile, Machine, ModelReference, Profile, SizeProfile, TensorProfile
 from planner.files.reading import decode, encode
 from planner.intervals import (
     Uncertainty,
@@ -56,12 +57,32 @@ def planned(of: Profile, microbatches: int = 4) -> Plan:
     return plan_profile(of, PlanRequest(2, microbatches=microbatches))
 
 
+@pytest.fixture
+def exact_sums(monkeypatch: pytest.MonkeyPatch):
+    """Layers add up to stages without an error of their own."""
+    monkeypatch.setattr(intervals, "MODEL_DEVIATION", 0.0)
+
+
+@pytest.mark.usefixtures("exact_sums")
 def test_without_noise_the_interval_is_nothing():
     plan = planned(profile([layer(i, (1.0 + i, 0.0), (2.0, 0.0)) for i in range(4)]))
     assert plan.step_interval_ms == 0.0
     assert {stage.load_interval_ms for stage in plan.stages} == {0.0}
 
 
+def test_sums_of_layers_and_boundaries_are_not_quite_stages():
+    exact = profile([layer(i, (4.0, 0.0), (6.0, 0.0)) for i in range(3)])
+    tensors = tuple(TensorProfile(f"t{i}", i, (i + 1,), 8, 8) for i in range(2))
+    size = replace(exact.sizes[0], tensors=tensors, boundary_forward_ms=0.2, boundary_backward_ms=0.3)
+    plan = plan_profile(replace(exact, sizes=(size,)), PlanRequest(3, microbatches=4))
+    for stage, boundaries in zip(plan.stages, (1, 2, 1), strict=True):
+        forward = hypot(intervals.MODEL_DEVIATION * (4 + 0.2 * boundaries), 0.5 * 0.2 * boundaries)
+        assert stage.forward_interval_ms == pytest.approx(QUANTILE * forward)
+        backward = hypot(intervals.MODEL_DEVIATION * (6 + 0.3 * boundaries), 0.5 * 0.3 * boundaries)
+        assert stage.load_interval_ms == pytest.approx(QUANTILE * hypot(forward, backward))
+
+
+@pytest.mark.usefixtures("exact_sums")
 def test_standard_errors_add_up_by_squares_and_drift_in_proportion():
     noisy = profile([layer(0, (4.0, 0.3), (6.0, 0.4)), layer(1, (5.0, 0.0), (5.0, 0.0))], (0.02,))
     plan = planned(noisy)
@@ -74,6 +95,7 @@ def test_standard_errors_add_up_by_squares_and_drift_in_proportion():
     assert second.load_interval_ms == pytest.approx(relative * 10)
 
 
+@pytest.mark.usefixtures("exact_sums")
 def test_the_steps_own_error_is_that_of_what_it_waits_for():
     exact = [layer(0, (4.0, 0.0), (6.0, 0.0)), layer(1, (1.0, 0.1), (1.0, 0.0))]
     plan = planned(profile(exact))
@@ -221,6 +243,7 @@ def test_a_drift_found_later_is_written_into_the_measurement(tmp_path: Path):
         note_drift(tmp_path, before, replace(after, sizes=(replace(after.sizes[0], fingerprint="x"),)))
 
 
+@pytest.mark.usefixtures("exact_sums")
 def test_on_an_exact_clock_the_prediction_is_exact_and_so_is_its_interval():
     costs = [(1.0, 2.0), (4.0, 3.0), (2.5, 7.5), (3.0, 1.0)]
     pieces, samples = measure(nn.Sequential(*(Layer(*cost) for cost in costs)))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from planner.cli import main
 from planner.errors import FileError, RunError, UsageError
 from planner.files.links_file import LinkFit, Links, LinkSample
+from planner.files.measurement_file import StageFigures
 from planner.files.plan_file import Plan
 from planner.files.profile_file import Machine, ModelReference, Profile, SizeProfile, TensorProfile
 from planner.machine.link_fit import fit_links
@@ -141,10 +142,44 @@ def test_a_boundary_is_one_message_and_every_tensor_counts() -> None:
     assert second.forward_ms == pytest.approx(sum(chain.forward_ms[2:]) + two)
 
 
+def with_boundary(profile: Profile, forward_ms: float, backward_ms: float) -> Profile:
+    """`profile` where a boundary costs each of its stages that."""
+    own = {"boundary_forward_ms": forward_ms, "boundary_backward_ms": backward_ms}
+    return replace(profile, sizes=tuple(replace(size, **own) for size in profile.sizes))  # type: ignore[arg-type]
+
+
+def test_a_boundarys_own_work_is_charged_to_both_its_stages_and_is_no_transfer() -> None:
+    profile = profile_of(4, tuple(TensorProfile(f"t{i}", i, (i + 1,), 2000, 1000) for i in range(3)))
+    plain, charged = make_plan(profile, 3), make_plan(with_boundary(profile, 0.25, 0.5), 3)
+    assert [cut.before for cut in plain.cuts] == [cut.before for cut in charged.cuts]
+    for boundaries, before, after in zip((1, 2, 1), plain.stages, charged.stages, strict=True):
+        assert after.forward_ms == pytest.approx(before.forward_ms + 0.25 * boundaries)
+        assert after.backward_ms == pytest.approx(before.backward_ms + 0.5 * boundaries)
+        assert charged.transfers_ms(after.index) == plain.transfers_ms(after.index) == (0, 0)
+    assert charged.scheduled_step_ms() > plain.scheduled_step_ms()
+
+
+def test_a_boundarys_own_work_is_not_attributed_to_layers() -> None:
+    profile = with_boundary(
+        profile_of(4, tuple(TensorProfile(f"t{i}", i, (i + 1,), 9, 9) for i in range(3))), 0.25, 0.5
+    )
+    chain = chain_of(build_layer_graph(profile.sizes[0]))
+    plan = make_plan(profile, 2)
+    stages = tuple(
+        StageFigures(s.forward_ms, s.backward_ms, s.backward_first_ms, s.optimizer_ms, None, None, None)
+        for s in plan.stages
+    )
+    cuts = (chain.ids.index(plan.cuts[0].before),)
+    attributed = attribute(profile.sizes[0], [MeasuredRun(cuts, stages)])
+    for before, after in zip(profile.sizes[0].layers, attributed.size.layers, strict=True):
+        assert (after.forward_ms, after.backward_ms) == pytest.approx((before.forward_ms, before.backward_ms))
+
+
 def test_the_message_survives_the_layer_graph_file(tmp_path: Path) -> None:
-    graph = build_layer_graph(profile_of().sizes[0], FIT.cost())
+    graph = build_layer_graph(with_boundary(profile_of(), 0.25, 0.5).sizes[0], FIT.cost())
     (tmp_path / "g.json").write_text(graph_to_json(graph))
     assert chain_of(graph_from_json(tmp_path / "g.json")) == chain_of(graph)
+    assert chain_of(graph).boundary_backward_ms == 0.5
     graph.graph["message_ms"] = -1.0
     (tmp_path / "g.json").write_text(graph_to_json(graph))
     with pytest.raises(FileError, match="message_ms"):
@@ -156,7 +191,7 @@ def test_the_message_survives_the_layer_graph_file(tmp_path: Path) -> None:
 def test_with_links_bound_and_step_and_simulation_are_one(seed: int, schedule: Any) -> None:
     source = random.Random(seed)
     fit = LinkFit(source.uniform(0, 2), source.uniform(0, 1), source.uniform(0, 1e-3), 0.0)
-    profile = profile_of(source.randint(4, 9), seed=seed)
+    profile = with_boundary(profile_of(source.randint(4, 9), seed=seed), source.uniform(0, 1), source.uniform(0, 1))
     gpus = source.randint(2, 4)
     plan = plan_profile(profile, PlanRequest(gpus, batch_size=8, microbatches=8, schedule=schedule, links=fit))
     chain = chain_of(build_layer_graph(profile.sizes[0], plan.link_cost()))
@@ -167,6 +202,7 @@ def test_with_links_bound_and_step_and_simulation_are_one(seed: int, schedule: A
     for stage in plan.stages:
         held = [chain.ids.index(str(node)) for node in stage.nodes]
         computed = sum(chain.forward_ms[index] for index in held)
+        computed += ((stage.index > 0) + (stage.index < gpus - 1)) * chain.boundary_forward_ms
         assert stage.forward_ms - plan.transfers_ms(stage.index)[0] == pytest.approx(computed)
 
 

@@ -23,6 +23,7 @@ def random_layers(seed):
     source = random.Random(seed)
     count = source.randint(4, 7)
     graph = nx.DiGraph(tensors=[], tied=[], message_ms=source.choice([0.0, 0.7]))
+    graph.graph.update(boundary_forward_ms=source.choice([0.0, 0.3]), boundary_backward_ms=source.choice([0.0, 0.9]))
     for v in range(count):
         times = {name: float(source.randint(0, 6)) for name in ("forward_ms", "backward_ms", "optimizer_ms")}
         graph.add_node(v, **times, backward_first_ms=source.choice([0.5, 1.0, 1.5]) * times["backward_ms"])
@@ -100,7 +101,7 @@ def test_every_closed_set_is_listed_once_with_its_sums():
             for tensor, readers in zip(dag.chain.tensors, dag.readers, strict=True)
             if tensor.producer in inside and set(readers) - set(inside)
         ]
-        message = graph.graph["message_ms"] * bool(out)
+        message = (graph.graph["message_ms"] + graph.graph["boundary_forward_ms"]) * bool(out)
         assert ideal.across_forward_ms == pytest.approx(sum(out) + message) and ideal.num_crossing == len(out)
 
 

@@ -50,6 +50,16 @@ def test_every_stage_is_measured(finished):
     assert measurement.clock == "thread-cpu" and measurement.drift is None
 
 
+def test_the_start_is_told_part_by_part(finished):
+    folder, result = finished
+    start = Measurement.load(folder / "run" / "measurement.json").start
+    assert start is not None
+    assert min(start.model_s, start.export_s, start.pipeline_s, start.stage_s) > 0
+    assert start.export_s + start.pipeline_s > start.model_s
+    for text in (result.stdout, (folder / "run" / "report.html").read_text()):
+        assert "until the last rank was ready" in text and "beyond it" in text
+
+
 def test_the_speed_up_is_measured_in_pairs_with_an_interval(finished):
     speed_up = Measurement.load(finished[0] / "run" / "measurement.json").speed_up
     assert speed_up is not None and speed_up.cuts == ("1",) and speed_up.predicted == 2.0

@@ -99,11 +99,34 @@ class SpeedUp:
 
 
 @dataclass(frozen=True, slots=True)
+class StartTimes:
+    """Wall seconds from the model file to a stage that can train, on one rank.
+
+    `pipeline_s` is what torch's `pipeline()` takes besides its `torch.export` (`export_s`), the plan's cuts included.
+    """
+
+    model_s: float
+    export_s: float
+    pipeline_s: float
+    stage_s: float
+
+    @property
+    def total_s(self) -> float:
+        """All of it.
+
+        >>> StartTimes(1.0, 2.0, 3.0, 4.0).total_s
+        10.0
+        """
+        return self.model_s + self.export_s + self.pipeline_s + self.stage_s
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """Everything that a run measured. `clock` says how stage times, `step_clock` how the step was taken.
 
     `cuts` are the layers that stages 1, 2, … began with, `order` all layers where they were not in program order.
     `rehearsed`: the stages ran one after the other on one device; `wall_step_ms` is then the sum over the stages.
+    `start` is that of the rank that took longest.
     """
 
     plan: str
@@ -127,6 +150,7 @@ class Measurement:
     rehearsed: bool = False
     cuts: tuple[str, ...] = ()
     order: tuple[str, ...] | None = None
+    start: StartTimes | None = None
 
     def save(self, path: Path) -> None:
         """Write the measurement as JSON, atomically."""

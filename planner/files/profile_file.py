@@ -179,7 +179,8 @@ class SizeProfile:
 
     `dependencies` are pairs (earlier, later) of indices of layers that keep their sequence in every order; null where
     that is unknown, so that the layers stay in program order. `periods` say how much slower than on average (a
-    fraction) all layers were in each stretch of the rounds, `drift` how far apart the two halves of them were.
+    fraction) all layers were in each stretch of the rounds, `drift` how far apart the two halves of them were. The
+    boundary of two stages costs each of them `boundary_forward_ms` and `boundary_backward_ms` of work a microbatch.
     """
 
     microbatch_size: int
@@ -191,6 +192,8 @@ class SizeProfile:
     memory: SizeMemory | None = None
     dependencies: tuple[tuple[int, int], ...] | None = None
     periods: tuple[float, ...] = ()
+    boundary_forward_ms: float = 0.0
+    boundary_backward_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -90,6 +90,10 @@ def solve_chain(
     )
 
 
+class TooFewCutsError(InfeasibleError):
+    """There are fewer legal cuts than boundaries between the stages."""
+
+
 def _refuse_too_many_stages(table: CostTable, num_stages: int) -> None:
     most = table.most_stages()
     if num_stages <= most:
@@ -100,7 +104,7 @@ def _refuse_too_many_stages(table: CostTable, num_stages: int) -> None:
             "with --plain no tensor may pass over a stage and no tied parameter lie in two",
             f"drop --plain, or use --gpus {most} or fewer" if most > 1 else "drop --plain",
         )
-    raise InfeasibleError(
+    raise TooFewCutsError(
         f"cannot cut {table.num_layers} layers into {num_stages} stages",
         f"the model has {most - 1} legal cuts",
         f"use --gpus {most} or fewer",

@@ -24,6 +24,8 @@ Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Cuts = tuple[int, ...]
 
+BOUNDARY_COSTS = ("message_ms", "boundary_forward_ms", "boundary_backward_ms")
+
 
 @dataclass(frozen=True, slots=True)
 class ChainTensor:
@@ -68,7 +70,8 @@ class ChainMemory:
 class Chain:
     """Layers in program order with their costs; times per microbatch in milliseconds, the optimizer's per step.
 
-    `message_ms` is what a stage boundary costs each way besides its tensors' transfers.
+    `message_ms` is what a stage boundary costs each way besides its tensors' transfers; `boundary_forward_ms` and
+    `boundary_backward_ms` are the stages' own work on it.
     """
 
     ids: tuple[str, ...]
@@ -86,6 +89,8 @@ class Chain:
     memory: ChainMemory | None = None
     flops: tuple[int, ...] | None = None
     message_ms: float = 0.0
+    boundary_forward_ms: float = 0.0
+    boundary_backward_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -96,8 +101,8 @@ class Chain:
                 self._check_memory()
             elif field.name == "flops" and values is None:
                 continue
-            elif field.name == "message_ms":
-                _refuse_wrong_cost("message_ms", self.message_ms)
+            elif field.name in BOUNDARY_COSTS:
+                _refuse_wrong_cost(field.name, values)
             elif field.name in ("tensors", "tied"):
                 self._check_members(field.name, values)
             elif len(values) != len(self.ids):
@@ -106,6 +111,16 @@ class Chain:
             elif field.name.endswith(("_ms", "_bytes")):
                 for name, value in zip(self.ids, values, strict=True):
                     _refuse_wrong_cost(f"{field.name} of {name}", value)
+
+    @property
+    def crossing_forward_ms(self) -> float:
+        """What a boundary costs each of its stages forward, whatever crosses it."""
+        return self.message_ms + self.boundary_forward_ms
+
+    @property
+    def crossing_backward_ms(self) -> float:
+        """What a boundary costs each of its stages backward, whatever gradients cross it."""
+        return self.message_ms + self.boundary_backward_ms
 
     def _check_memory(self) -> None:
         if self.memory is None:
@@ -143,7 +158,7 @@ def crossing(chain: Chain, cut: int) -> tuple[ChainTensor, ...]:
 
 
 def crossing_ms(chain: Chain) -> tuple[list[float], list[float]]:
-    """Forward and backward transfer milliseconds of a cut before each layer (index 0: no cut).
+    """Forward and backward milliseconds that a cut before each layer costs either of its stages (index 0: no cut).
 
     All that crosses one way is one message; gradients that have no bytes make none.
     """
@@ -157,9 +172,9 @@ def crossing_ms(chain: Chain) -> tuple[list[float], list[float]]:
             if tensor.gradient_bytes:
                 returned.add(cut)
     for cut in sent:
-        forward[cut] += chain.message_ms
+        forward[cut] += chain.crossing_forward_ms
     for cut in returned:
-        backward[cut] += chain.message_ms
+        backward[cut] += chain.crossing_backward_ms
     return forward, backward
 
 

@@ -67,6 +67,8 @@ def coarsen(chain: Chain, most: int = MOST_LAYERS) -> Coarse:
             ),
             tied=tuple(replace(t, layers=tuple(sorted({int(owner[layer]) for layer in t.layers}))) for t in chain.tied),
             message_ms=chain.message_ms,
+            boundary_forward_ms=chain.boundary_forward_ms,
+            boundary_backward_ms=chain.boundary_backward_ms,
         ),
         starts,
     )

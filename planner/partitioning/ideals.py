@@ -86,8 +86,8 @@ class _Steps:
         chain, members = self.dag.chain, ideal.members | 1 << v
         forward, backward, first = chain.forward_ms[v], chain.backward_ms[v], chain.backward_first_ms[v]
         crossing, returning = ideal.num_crossing, ideal.num_returning
-        across_forward = ideal.across_forward_ms - chain.message_ms * bool(crossing)
-        across_backward = ideal.across_backward_ms - chain.message_ms * bool(returning)
+        across_forward = ideal.across_forward_ms - chain.crossing_forward_ms * bool(crossing)
+        across_backward = ideal.across_backward_ms - chain.crossing_backward_ms * bool(returning)
         ended = [t for t in self.read[v] if not self.reading[t] & ~members]
         for sign, tensors in ((1, self.made[v]), (-1, ended)):
             for t in tensors:
@@ -104,8 +104,8 @@ class _Steps:
             optimizer_ms=ideal.optimizer_ms + chain.optimizer_ms[v],
             largest_forward_ms=max(ideal.largest_forward_ms, forward),
             largest_backward_ms=max(ideal.largest_backward_ms, backward),
-            across_forward_ms=max(0.0, across_forward) + chain.message_ms * bool(crossing),
-            across_backward_ms=max(0.0, across_backward) + chain.message_ms * bool(returning),
+            across_forward_ms=max(0.0, across_forward) + chain.crossing_forward_ms * bool(crossing),
+            across_backward_ms=max(0.0, across_backward) + chain.crossing_backward_ms * bool(returning),
             num_crossing=crossing,
             num_returning=returning,
         )

@@ -12,7 +12,7 @@ from planner.errors import FileError
 from planner.files.links_file import FREE, LinkCost
 from planner.files.profile_file import LayerMemory, SizeMemory, SizeProfile
 from planner.files.reading import decode, read_json
-from planner.partitioning.chain_costs import Chain, ChainMemory, ChainTensor, ChainTied
+from planner.partitioning.chain_costs import BOUNDARY_COSTS, Chain, ChainMemory, ChainTensor, ChainTied
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -38,6 +38,8 @@ def build_layer_graph(size: SizeProfile, link: LinkCost = FREE) -> nx.DiGraph:
 
     graph = nx.DiGraph(tensors=[], tied=[], memory_limit_bytes=None, memory=size.memory and asdict(size.memory))
     graph.graph["message_ms"] = link.message_ms
+    graph.graph["boundary_forward_ms"] = size.boundary_forward_ms
+    graph.graph["boundary_backward_ms"] = size.boundary_backward_ms
     ids = [layer.id for layer in size.layers]
     for layer in size.layers:
         memory = layer.memory and asdict(layer.memory)
@@ -104,7 +106,7 @@ def chain_of(graph: nx.DiGraph) -> Chain:
         tied=tuple(_chain_tied(tied, order) for tied in graph.graph.get("tied", ())),
         memory=_chain_memory(graph),
         flops=_chain_flops(nodes),
-        message_ms=float(graph.graph.get("message_ms") or 0.0),
+        **{name: float(graph.graph.get(name) or 0.0) for name in BOUNDARY_COSTS},
     )
 
 

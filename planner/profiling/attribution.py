@@ -73,22 +73,35 @@ def attribute(size: SizeProfile, runs: Sequence[MeasuredRun]) -> Attribution:
         costs = [float(getattr(layer, field)) for layer in layers]
         return _fitted(runs, rows, costs, [float(getattr(layer, spread)) for layer in layers], structures, measured)
 
-    forward = fitted(
-        "forward_ms", lambda stage: (stage.forward_ms - stage.transfer_forward_ms, stage.forward_spread_ms)
-    )
-    backward = fitted(
-        "backward_ms", lambda stage: (stage.backward_ms - stage.transfer_backward_ms, stage.backward_spread_ms)
-    )
-    first = fitted(
-        "backward_first_ms",
-        lambda stage: (stage.backward_first_ms - stage.transfer_backward_ms, stage.backward_spread_ms),
-    )
+    runs = [_without_boundaries(run, size) for run in runs]
+    forward = fitted("forward_ms", lambda stage: (stage.forward_ms, stage.forward_spread_ms))
+    backward = fitted("backward_ms", lambda stage: (stage.backward_ms, stage.backward_spread_ms))
+    first = fitted("backward_first_ms", lambda stage: (stage.backward_first_ms, stage.backward_spread_ms))
     optimizer, tied = _optimizer(size, runs)
     fixed = tuple(
         replace(layer, forward_ms=float(f), backward_ms=float(b), backward_first_ms=float(b1), optimizer_ms=float(o))
         for layer, f, b, b1, o in zip(layers, forward, backward, first, optimizer, strict=True)
     )
     return Attribution(replace(size, layers=fixed, tied=tied), _groups(structures, layers, fixed))
+
+
+def _without_boundaries(run: MeasuredRun, size: SizeProfile) -> MeasuredRun:
+    """The stages without their transfers and without their own work on their boundaries."""
+    last = len(run.stages) - 1
+    stages = []
+    for index, stage in enumerate(run.stages):
+        boundaries = (index > 0) + (index < last)
+        forward_ms = stage.transfer_forward_ms + boundaries * size.boundary_forward_ms
+        backward_ms = stage.transfer_backward_ms + boundaries * size.boundary_backward_ms
+        stages.append(
+            replace(
+                stage,
+                forward_ms=max(0.0, stage.forward_ms - forward_ms),
+                backward_ms=max(0.0, stage.backward_ms - backward_ms),
+                backward_first_ms=max(0.0, stage.backward_first_ms - backward_ms),
+            )
+        )
+    return replace(run, stages=tuple(stages))
 
 
 def stage_rows(cuts: Sequence[int], num_layers: int) -> Array:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from planner.files.profile_file import Machine, ModelReference, SizeProfile
     from planner.machine.device import Device
     from planner.profiling.assembling import LayerCosts
+    from planner.profiling.boundary import BoundaryCost
     from planner.profiling.opening import Opening
     from planner.profiling.profiler import ProfileRequest
     from planner.profiling.timing import Microbatch
@@ -37,6 +38,7 @@ def main() -> None:
 
     from planner.files.reading import decode
     from planner.machine.device import choose_device, describe_machine
+    from planner.profiling.boundary import measure_boundary
     from planner.profiling.opening import Opening
     from planner.profiling.profiler import REQUEST_SCHEMA, ProfileRequest
     from planner.tracing.loading import load_source
@@ -52,9 +54,10 @@ def main() -> None:
     source = load_source(request.model)
     (exports, described), opening = _prepare(request, source, device), Opening(request.granularity, request.num_stages)
     sizes = tuple(_profile_size(request, source, device, exports, opening, n) for n in request.microbatch_sizes)
+    boundary = measure_boundary(device)
     if dist.get_rank() == 0:
         seconds = time.perf_counter() - started
-        _write(request, source, sizes, described, describe_machine(device), seconds, exports.count)
+        _write(request, source, sizes, boundary, described, describe_machine(device), seconds, exports.count)
 
 
 def _prepare(request: ProfileRequest, source: ModelSource, device: Device) -> tuple[SizeExports, ModelReference]:
@@ -76,15 +79,22 @@ def _write(
     request: ProfileRequest,
     source: ModelSource,
     sizes: tuple[tuple[Trace, SizeProfile], ...],
+    boundary: BoundaryCost,
     described: ModelReference,
     machine: Machine,
     seconds: float,
     count: ExportCount,
 ) -> None:
+    from dataclasses import replace
+
     from planner.files.profile_file import Profile, Tracing
     from planner.tracing.training_digest import training_digest
 
     traced = sizes[0][0]
+    sized = [
+        replace(size, boundary_forward_ms=boundary.forward_ms, boundary_backward_ms=boundary.backward_ms)
+        for _, size in sizes
+    ]
     Profile(
         model=described,
         machine=machine,
@@ -93,7 +103,7 @@ def _write(
         num_rounds=request.num_rounds,
         seconds=seconds,
         concurrent_copies=request.copies,
-        sizes=tuple(size for _, size in sizes),
+        sizes=tuple(sized),
         why_not_plain=traced.why_not_plain,
         training=training_digest(source, traced.graph_module),
         tracing=Tracing(count.exports, count.seconds),

@@ -37,6 +37,7 @@ from runner.reporting.terminal import (
     scale_words,
     setting_words,
     speed_up_words,
+    start_words,
 )
 from runner.verdict import plan_command
 
@@ -225,6 +226,7 @@ def _provenance_rows(report: BalanceReport, plan: Plan, measurement: Measurement
         ("Wall clock", f"{format_ms(report.wall_step_ms)} per step here"),
         ("Scale and drift", scale_words(report)),
         *(("Intervals", text) for text in [interval_words(report)] if text),
+        *(("Start", start_words(report.start)) for _ in [0] if report.start is not None),
         ("Samples", f"{samples} microbatches behind the medians, per stage"),
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.files.measurement_file import CheckResult, SpeedUp
+from planner.files.measurement_file import CheckResult, SpeedUp, StartTimes
 from planner.rendering import (
     DASH,
     TableColumn,
@@ -70,6 +70,7 @@ def figures(report: BalanceReport) -> list[tuple[str, str]]:
         ("scale", scale_words(report)),
         *(("intervals", text) for text in [interval_words(report)] if text),
         ("clock", report.clock_words),
+        *(("start", start_words(report.start)) for _ in [0] if report.start is not None),
     ]
     return found
 
@@ -134,6 +135,18 @@ def interval_words(report: BalanceReport) -> str:
         outside.append("step")
     words = f"{number} of {all_of_them} times, raw, inside the 90 % interval of their prediction"
     return f"{words}; outside: {', '.join(outside)}" if outside else words
+
+
+def start_words(start: StartTimes) -> str:
+    """What the slowest rank did before the first step, and how long.
+
+    >>> start_words(StartTimes(0.5, 2.0, 1.0, 0.25))
+    '3.8 s until the last rank was ready: model 0.5 s, torch.export 2.0 s, pipeline() beyond it 1.0 s, stage 0.2 s'
+    """
+    return (
+        f"{start.total_s:.1f} s until the last rank was ready: model {start.model_s:.1f} s, torch.export"
+        f" {start.export_s:.1f} s, pipeline() beyond it {start.pipeline_s:.1f} s, stage {start.stage_s:.1f} s"
+    )
 
 
 def setting_words(report: BalanceReport) -> str:
