@@ -47,6 +47,14 @@ def test_lifetimes_and_peaks_of_layers_by_hand() -> None:
     assert step.backward_first_peak_bytes[0] >= weight and step.backward_peak_bytes[0] >= weight
 
 
+def test_a_layer_that_returns_what_it_was_given_has_no_peak_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(NARROW, WIDE), nn.ReLU(), nn.Dropout(0.0), nn.Linear(WIDE, NARROW))
+    microbatch = Microbatch((torch.ones(ROWS, NARROW),), torch.zeros(ROWS, NARROW))
+    pieces = build_pieces(trace_model(model, microbatch.inputs, {}))
+    step = track_step(pieces, [microbatch], lambda output, target: ((output - target) ** 2).mean(), CpuDevice())
+    assert step.backward_peak_bytes[2] == 0 and step.backward_peak_bytes[1] >= ACTIVATION
+
+
 def test_a_tied_gradient_does_not_wait_for_the_other_layer() -> None:
     microbatch = Microbatch((torch.ones(ROWS, 64),), torch.zeros(ROWS, 64))
     model = Tied()

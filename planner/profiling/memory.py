@@ -23,6 +23,7 @@ from planner.errors import ProfileError
 from planner.files.profile_file import GradientLifetime, LayerMemory, Lifetime
 from planner.machine.device import Device
 from planner.machine.memory_events import memory_events, rising_by_mark
+from planner.profiling.first_seen import first_seen
 from planner.profiling.live_storages import MARK, AllocatorMarks, EventMarks, LiveStorages, Marks, Pass, Phase, Storage
 from planner.profiling.optimizer_memory import OptimizerMemory
 from planner.profiling.timing import Microbatch, clear_gradients
@@ -180,6 +181,8 @@ def _forward(
     values: dict[str, Any] = dict(zip(pieces.inputs, microbatch.inputs, strict=True))
     readers = {tensor.name: max(tensor.consumers) for tensor in pieces.trace.tensors}
     entered: set[int] = {len(pieces.pieces) - 1}
+    for value in values.values():
+        first_seen(value, entered)
     loss: torch.Tensor | None = None
     with pieces.trace.computing():  # its casts of parameters live until it ends, as they do in a stage
         for index, piece in enumerate(pieces.pieces):
@@ -216,7 +219,7 @@ def _announce_backward(marks: Marks, phase: Phase, made: Sequence[Any], entered:
             marks.enter(phase)
 
     for value in made:
-        if isinstance(value, torch.Tensor) and value.requires_grad:
+        if first_seen(value, entered) and value.requires_grad:
             value.register_hook(enter)
 
 

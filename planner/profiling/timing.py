@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from planner.machine.device import Device
+from planner.profiling.first_seen import first_seen
 from planner.profiling.marked_graph import Part, even_starts, marked_parts
 from planner.tracing.pieces import Pieces
 
 WARM_UP_ROUNDS = 2
-SEEN_BY = "_seen_by"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class _PartRun:
     ) -> tuple[Any, ...]:
         """Run and time all layers; what `loss` does counts as the last one's."""
         for value in inputs:
-            self._claim(value)
+            first_seen(value, self)
         self.spans.append(self.stamp())
         self.outputs = part.function(self, *inputs)
         if loss is not None:
@@ -205,16 +205,9 @@ class _PartRun:
         self.spans.append(self.stamp())
         layer = len(self.spans) // 2 - 1
         for value in made:
-            if self._claim(value) and value.requires_grad:
+            if first_seen(value, self) and value.requires_grad:
                 value.register_hook(functools.partial(self._enter, layer))
         self.spans.append(self.stamp())
-
-    def _claim(self, value: Any) -> bool:
-        """Whether `value` is a tensor seen for the first time: dropout with p = 0 returns what it was given."""
-        if not isinstance(value, torch.Tensor) or getattr(value, SEEN_BY, None) is self:
-            return False
-        setattr(value, SEEN_BY, self)
-        return True
 
     def _enter(self, layer: int, _: torch.Tensor) -> None:
         if layer not in self.entries:
