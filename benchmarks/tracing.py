@@ -23,6 +23,7 @@ from planner.tracing.explaining import quiet_export
 from planner.tracing.exporting import read_trace
 from planner.tracing.rewriting import apply_cuts
 from planner.tracing.split_policy import show_first_names_to_pipeline
+from runner.stages import never_written_as_code
 
 SAMPLES, TOKENS, VOCABULARY = 2, 16, 97
 
@@ -108,6 +109,7 @@ class _TimedPolicy:
 
     def __call__(self, gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
         """The policy that `pipeline()` calls."""
+        never_written_as_code(gm)
         show_first_names_to_pipeline(self.model)
         trace = _timed(self.seconds, "  of it reading the layers", lambda: read_trace(gm, self.model))
         count = len(trace.layers)
