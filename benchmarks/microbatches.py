@@ -39,7 +39,13 @@ def main() -> None:
     request = PlanRequest(arguments.gpus, arguments.batch_size, schedule=arguments.schedule)
     sizes = tuple(arguments.batch_size // count for count in candidate_counts(arguments.batch_size, request))
     # one copy profiles, because one process rehearses
-    profile = profile_model(arguments.model, batch_size=arguments.batch_size, microbatch_sizes=sizes, num_workers=1)
+    profile = profile_model(
+        arguments.model,
+        batch_size=arguments.batch_size,
+        microbatch_sizes=sizes,
+        num_workers=1,
+        num_stages=arguments.gpus,
+    )
     chosen, plans = plans_by_count(profile, request)
     passes, steps = (1, 3) if arguments.quick else (arguments.passes, 8)
     print("\n".join(table(plans, rehearsed_ms(plans, passes, steps), chosen)))
