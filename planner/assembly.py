@@ -19,14 +19,12 @@ from planner.files.plan_file import (
 from planner.files.profile_file import Profile, SizeProfile
 from planner.partitioning.baselines import baselines
 from planner.partitioning.chain import ChainSolution
-from planner.partitioning.chain_costs import Chain, crossing, crossing_ms, holds, is_plain, stage_costs, step_ms
+from planner.partitioning.chain_costs import EQUAL, Chain, crossing, crossing_ms, holds, is_plain, stage_costs, step_ms
 from planner.partitioning.memory_limit import MemoryLimit
 from planner.partitioning.stage_memory import StageMemoryTable
 from planner.request import PlanRequest, memory_limit
 from planner.scheduling.memory_timeline import MemoryPoint
 from planner.scheduling.simulation import simulate
-
-EQUAL = 1e-9
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from planner.errors import InfeasibleError, SolverError, UsageError
 from planner.partitioning import graph_bounds, ladder
+from planner.partitioning.chain_costs import EQUAL
 from planner.partitioning.graph_bounds import Bound
 from planner.partitioning.graph_costs import GraphCosts, Node, Stages, graph_costs, stage_loads
 from planner.partitioning.graph_incumbents import Search
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GraphSolution", "solve_graph", "stage_loads"]
 
-EQUAL = 1e-9
 SOLVER_EQUAL = 1e-7  # HiGHS's own tolerances, where it says that it is done
 LONG = 2000  # nodes from which on nothing quadratic is tried
 LONG_STAGES = 400

@@ -23,11 +23,9 @@ from planner.errors import InfeasibleError
 from planner.partitioning import constraints
 from planner.partitioning.baselines import baselines
 from planner.partitioning.bounds import Remainder, incumbent, remainder
-from planner.partitioning.chain_costs import Chain, CostTable, Cuts, step_ms
+from planner.partitioning.chain_costs import EQUAL, Chain, CostTable, Cuts, step_ms
 from planner.partitioning.memory_limit import FittingStages, MemoryLimit, refuse_what_does_not_fit
 from planner.partitioning.solving import PROVEN, SCALED_OBJECTIVE, UNPROVEN, dual_bound, node_count, solve
-
-EQUAL = 1e-9
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Cuts = tuple[int, ...]
 
+EQUAL = 1e-9  # steps that differ by less, relatively, are equal to rounding
 BOUNDARY_COSTS = ("message_ms", "boundary_forward_ms", "boundary_backward_ms")
 
 

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from planner.partitioning.chain_costs import ChainTied
+from planner.partitioning.chain_costs import EQUAL, ChainTied
 from planner.partitioning.ideals import EMPTY, Ideal
 from planner.partitioning.layer_dag import LayerDag
 
-EQUAL = 1e-9
 PAIRS_BETWEEN_LOOKS = 4096
 
 

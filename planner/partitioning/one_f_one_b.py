@@ -23,13 +23,12 @@ from planner.partitioning import constraints
 from planner.partitioning.baselines import baselines
 from planner.partitioning.bounds import incumbent
 from planner.partitioning.chain import ChainSolution
-from planner.partitioning.chain_costs import CostTable, Cuts, step_ms
+from planner.partitioning.chain_costs import EQUAL, CostTable, Cuts, step_ms
 from planner.partitioning.constraints import Linear, Program, total
 from planner.partitioning.solving import IMPOSSIBLE, PROVEN, SCALED_OBJECTIVE, UNPROVEN, dual_bound, node_count, solve
 from planner.scheduling.simulation import StageTimes, too_few_microbatches
 
 MAX_ROUNDS = 40
-EQUAL = 1e-9
 
 
 def solve_one_f_one_b(table: CostTable, num_stages: int, time_limit_s: float = 60.0) -> ChainSolution:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from planner.errors import InfeasibleError, SolverError
 from planner.partitioning.bounds import incumbent
 from planner.partitioning.chain import ChainSolution, solve_chain
-from planner.partitioning.chain_costs import Chain, CostTable, Cuts, crossing, step_ms
+from planner.partitioning.chain_costs import EQUAL, Chain, CostTable, Cuts, crossing, step_ms
 from planner.partitioning.closed_stages import Best, best_closed_stages
 from planner.partitioning.ideals import Ideal, closed_sets
 from planner.partitioning.layer_dag import LayerDag, Order, order_of
@@ -26,7 +26,6 @@ from planner.partitioning.memory_limit import FittingStages, MemoryLimit, TooLit
 if TYPE_CHECKING:
     import networkx as nx
 
-EQUAL = 1e-9
 SEARCH_S = 10.0
 RANDOM_ORDERS = 12
 CUT_EXACTLY = 3
