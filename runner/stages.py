@@ -72,7 +72,7 @@ class _Policy:
         self.device = device
         self.without_dropout = without_dropout
         self.removed = 0
-        self.exported_at = 0.0
+        self.exported_at: float | None = None
         self.leaves: tuple[Any, ...] = ()
 
     def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
@@ -160,8 +160,8 @@ def build_stages(
     policy = _Policy(model, plan, device.torch_device, without_dropout)
     model_built = time.perf_counter()
     pipe = _stock_pipe(plan, model, args, kwargs) if stock else _policy_pipe(source, policy, model, args, kwargs)
-    exported_at = policy.exported_at or time.perf_counter()  # stock `split_spec` does not say when it has exported
     piped = time.perf_counter()
+    export_s = None if policy.exported_at is None else policy.exported_at - model_built
     if pipe.num_stages != plan.num_stages:
         raise TraceError(f"torch made {pipe.num_stages} stages", f"the plan has {plan.num_stages}", "plan again")
     used = {name for k in range(plan.num_stages) for name, _ in _state_of(pipe.get_stage_module(k))}
@@ -188,8 +188,8 @@ def build_stages(
             inputs=TracedInputs.of(inputs),
             start=StartTimes(
                 model_s=model_built - began,
-                export_s=exported_at - model_built,
-                pipeline_s=piped - exported_at,
+                export_s=export_s,
+                pipeline_s=piped - model_built - (export_s or 0.0),
                 stage_s=time.perf_counter() - stage_began,
             ),
         )

@@ -50,14 +50,25 @@ def test_every_stage_is_measured(finished):
     assert measurement.clock == "thread-cpu" and measurement.drift is None
 
 
-def test_the_start_is_told_part_by_part(finished):
+def test_the_start_is_told_part_by_part(tmp_path):
+    plan_at(Path(__file__).parent / "models" / "plain.py", ["5"]).save(tmp_path / "x.plan.json")
+    result = command("x.plan.json", "--steps", 2, "--run-dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    start = Measurement.load(tmp_path / "run" / "measurement.json").start
+    assert start is not None and start.export_s is not None
+    assert min(start.model_s, start.export_s, start.pipeline_s, start.stage_s) > 0
+    assert start.export_s > 0.01 < start.pipeline_s
+    for text in (result.stdout, (tmp_path / "run" / "report.html").read_text()):
+        assert "until the last rank was ready" in text and "beyond it" in text
+
+
+def test_with_split_spec_the_export_is_not_told_apart(finished):
     folder, result = finished
     start = Measurement.load(folder / "run" / "measurement.json").start
-    assert start is not None
-    assert min(start.model_s, start.export_s, start.pipeline_s, start.stage_s) > 0
-    assert start.export_s + start.pipeline_s > start.model_s
+    assert start is not None and start.export_s is None
+    assert start.pipeline_s > start.model_s > 0 and start.stage_s > 0
     for text in (result.stdout, (folder / "run" / "report.html").read_text()):
-        assert "until the last rank was ready" in text and "beyond it" in text
+        assert "until the last rank was ready" in text and "with its export" in text and "beyond it" not in text
 
 
 def test_the_speed_up_is_measured_in_pairs_with_an_interval(finished):

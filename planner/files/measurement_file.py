@@ -102,11 +102,12 @@ class SpeedUp:
 class StartTimes:
     """Wall seconds from the model file to a stage that can train, on one rank.
 
-    `pipeline_s` is what torch's `pipeline()` takes besides its `torch.export` (`export_s`), the plan's cuts included.
+    `pipeline_s` is what torch's `pipeline()` takes besides its `torch.export` (`export_s`), the plan's cuts included;
+    both together where `export_s` is None, for with `split_spec` torch does not say when it has exported.
     """
 
     model_s: float
-    export_s: float
+    export_s: float | None
     pipeline_s: float
     stage_s: float
 
@@ -117,7 +118,7 @@ class StartTimes:
         >>> StartTimes(1.0, 2.0, 3.0, 4.0).total_s
         10.0
         """
-        return self.model_s + self.export_s + self.pipeline_s + self.stage_s
+        return self.model_s + (self.export_s or 0.0) + self.pipeline_s + self.stage_s
 
 
 @dataclass(frozen=True, slots=True)

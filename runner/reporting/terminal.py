@@ -143,9 +143,13 @@ def start_words(start: StartTimes) -> str:
     >>> start_words(StartTimes(0.5, 2.0, 1.0, 0.25))
     '3.8 s until the last rank was ready: model 0.5 s, torch.export 2.0 s, pipeline() beyond it 1.0 s, stage 0.2 s'
     """
+    if start.export_s is None:
+        pipeline = f"pipeline() with its export {start.pipeline_s:.1f} s"
+    else:
+        pipeline = f"torch.export {start.export_s:.1f} s, pipeline() beyond it {start.pipeline_s:.1f} s"
     return (
-        f"{start.total_s:.1f} s until the last rank was ready: model {start.model_s:.1f} s, torch.export"
-        f" {start.export_s:.1f} s, pipeline() beyond it {start.pipeline_s:.1f} s, stage {start.stage_s:.1f} s"
+        f"{start.total_s:.1f} s until the last rank was ready: model {start.model_s:.1f} s, {pipeline},"
+        f" stage {start.stage_s:.1f} s"
     )
 
 
