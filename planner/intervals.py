@@ -28,8 +28,6 @@ COVERAGE = 0.9
 MOST_REPEATS = 16
 MODEL_DEVIATION = 0.02
 BOUNDARY_DEVIATION = 0.5
-# Halves differ by twice the variance of one period; the mean of both differs from a new period by 1.5 times it.
-NEW_PERIOD_OVER_HALVES = 1.5 / 2
 
 
 def student_quantile(degrees: int, probability: float = (1 + COVERAGE) / 2) -> float:
@@ -73,11 +71,12 @@ def machine_uncertainty(
 ) -> Uncertainty:
     """How far the whole machine may be off, from what a profile saw of it and from differences between profiles.
 
-    A profile saw its `periods` (the deviations of each from their mean, for every size) or its two `halves`. What
-    profiles made at different times showed is the floor: what one profile sees lies close together in time.
+    A profile saw its `periods` (how much slower each was than the others, for every size) or, by their difference, its
+    two `halves`. A new period differs from the mean of n by 1 + 1/n times the variance of one. What profiles made at
+    different times showed is the floor: what one profile sees lies close together in time.
     """
-    known = [(NEW_PERIOD_OVER_HALVES * half * half, 1) for half in halves]
-    known += [(variance(each) * (1 + 1 / len(each)), len(each) - 1) for each in periods]
+    seen = [*((0.0, half) for half in halves), *periods]
+    known = [(variance(each) * (1 + 1 / len(each)), len(each) - 1) for each in seen]
     known += [(repeat * repeat, 1) for repeat in repeats]
     if not known:
         return Uncertainty(0.0, 0)

@@ -47,8 +47,7 @@ def measure_boundary(device: Device) -> BoundaryCost:
     batch = torch.ones(MICROBATCHES * ROWS, WIDTH)
     own: list[tuple[float, float]] = []
     for number in range(-WARM_UP_STEPS, STEPS):
-        for parameter in chain.parameters():
-            parameter.grad = None
+        chain.zero_grad()
         arguments = (batch,) if stage.is_first else ()
         schedule.step(*arguments, target=batch if stage.is_last else None)
         forward, backward = watch.take()

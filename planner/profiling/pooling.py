@@ -11,18 +11,8 @@ import torch.distributed as dist
 from planner.profiling.timing import LayerSamples
 
 MOST_PERIODS = 4
-LEAST_ROUNDS = 8
 
 Samples = tuple[LayerSamples, ...]
-
-
-def rounds_of_each(num_rounds: int, copies: int) -> int:
-    """Rounds that each copy runs, so that all have as many samples as `num_rounds` of two copies, and no fewer than 8.
-
-    >>> [rounds_of_each(15, copies) for copies in (1, 2, 4)], rounds_of_each(3, 4)
-    ([15, 15, 8], 3)
-    """
-    return min(num_rounds, max(LEAST_ROUNDS, -(-num_rounds * 2 // copies)))
 
 
 def gathered(samples: Samples) -> Samples:

@@ -20,11 +20,12 @@ from planner.machine.device import available_cores, worker_environment
 from planner.machine.workers import run_workers
 
 REQUEST_SCHEMA = "evenstage/profile-request/1"
+LEAST_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileRequest:
-    """What to profile; `progress` is a file that the first copy keeps writing how far it is.
+    """What to profile, each copy in `num_rounds`; `progress` is a file that the first copy keeps writing how far it is.
 
     `meta`: without memory for the whole model, one layer at a time. `granularity` auto opens layers that `num_stages`
     stages could not balance.
@@ -76,7 +77,7 @@ def profile_model(
             batch_size,
             microbatch_sizes,
             device,
-            num_rounds,
+            rounds_of_each(num_rounds, copies),
             copies,
             shown,
             meta,
@@ -107,6 +108,15 @@ def concurrent_copies(num_workers: int, kind: str) -> int:
     More than two for each make it no worse.
     """
     return 1 if kind == "cuda" else max(1, min(num_workers, 2 * available_cores()))
+
+
+def rounds_of_each(num_rounds: int, copies: int) -> int:
+    """Rounds that each copy runs, so that all have as many samples as `num_rounds` of two copies, and no fewer than 8.
+
+    >>> [rounds_of_each(15, copies) for copies in (1, 2, 4)], rounds_of_each(3, 4)
+    ([15, 15, 8], 3)
+    """
+    return min(num_rounds, max(LEAST_ROUNDS, -(-num_rounds * 2 // copies)))
 
 
 class _Watch:

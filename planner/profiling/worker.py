@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from planner.machine.device import Device
     from planner.profiling.assembling import LayerCosts
     from planner.profiling.boundary import BoundaryCost
+    from planner.profiling.memory import StepMemory
     from planner.profiling.opening import Opening
+    from planner.profiling.optimizer_memory import OptimizerMemory
     from planner.profiling.profiler import ProfileRequest
-    from planner.profiling.timing import Microbatch
+    from planner.profiling.timing import LayerSamples, Microbatch
     from planner.tracing.exporting import Trace
     from planner.tracing.loading import ModelSource
     from planner.tracing.pieces import Pieces
@@ -170,21 +172,19 @@ def _measure_in_place(
     meet: Callable[[int], None],
 ) -> LayerCosts:
     """What all layers cost where they run."""
-    from planner.profiling.assembling import LayerCosts, measured_times, optimizer_groups
+    from planner.profiling.assembling import optimizer_groups
     from planner.profiling.memory import track_step
     from planner.profiling.optimizer_memory import track_optimizer
-    from planner.profiling.pooling import drift, gathered, periods, rounds_of_each
     from planner.profiling.timing import time_layers, time_optimizer
 
     groups = optimizer_groups(pieces.trace, pieces)
-    rounds, num_parts = rounds_of_each(request.num_rounds, request.copies), request.num_stages
-    own = time_layers(pieces, microbatches, source.loss_fn, device, rounds, meet, num_parts)
-    samples = gathered(own)
+    samples = time_layers(
+        pieces, microbatches, source.loss_fn, device, request.num_rounds, meet, num_parts=request.num_stages
+    )
     optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
     step = track_step(pieces, microbatches, source.loss_fn, device)
-    optimizer, temporaries_add = track_optimizer(groups, source.make_optimizer, device.block_bytes)
-    times = [measured_times(layer) for layer in samples]
-    return LayerCosts(times, optimizer_ms, optimizer, temporaries_add, step, drift(samples), periods(samples, rounds))
+    memory = track_optimizer(groups, source.make_optimizer, device.block_bytes)
+    return _pooled_costs(samples, optimizer_ms, step, memory, request.num_rounds)
 
 
 def _measure_piecewise(
@@ -196,22 +196,34 @@ def _measure_piecewise(
     meet: Callable[[int], None],
 ) -> LayerCosts:
     """`_measure_in_place` with one layer in memory at a time."""
-    from planner.profiling.assembling import LayerCosts, measured_times, optimizer_groups
+    from planner.profiling.assembling import optimizer_groups
     from planner.profiling.memory import track_fake_step
     from planner.profiling.optimizer_memory import track_optimizer_by_sample
     from planner.profiling.piecewise import time_pieces
-    from planner.profiling.pooling import drift, gathered, periods, rounds_of_each
 
-    rounds = rounds_of_each(request.num_rounds, request.copies)
-    groups = optimizer_groups(pieces.trace, pieces)
-    own, optimizer_ms = time_pieces(
-        pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, (rounds, OPTIMIZER_ROUNDS), meet
+    groups, rounds = optimizer_groups(pieces.trace, pieces), (request.num_rounds, OPTIMIZER_ROUNDS)
+    samples, optimizer_ms = time_pieces(
+        pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, rounds, meet
     )
-    samples = gathered(own)
     step = track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes)
-    optimizer, temporaries_add = track_optimizer_by_sample(groups, source.make_optimizer)
+    memory = track_optimizer_by_sample(groups, source.make_optimizer)
+    return _pooled_costs(samples, optimizer_ms, step, memory, request.num_rounds)
+
+
+def _pooled_costs(
+    own: tuple[LayerSamples, ...],
+    optimizer_ms: list[float],
+    step: StepMemory,
+    optimizer: tuple[list[OptimizerMemory], bool],
+    num_rounds: int,
+) -> LayerCosts:
+    """What this copy measured, its times together with those of all others; collective."""
+    from planner.profiling.assembling import LayerCosts, measured_times
+    from planner.profiling.pooling import drift, gathered, periods
+
+    samples = gathered(own)
     times = [measured_times(layer) for layer in samples]
-    return LayerCosts(times, optimizer_ms, optimizer, temporaries_add, step, drift(samples), periods(samples, rounds))
+    return LayerCosts(times, optimizer_ms, *optimizer, step, drift(samples), periods(samples, num_rounds))
 
 
 def _explained(error: Exception, source: ModelSource) -> PlannerError:
@@ -234,17 +246,14 @@ class _Meeting:
     """Called before each round: all copies meet, and rank 0 says how far the profile is."""
 
     def __init__(self, request: ProfileRequest, size: int) -> None:
-        from planner.profiling.pooling import rounds_of_each
-
         self.request, self.size = request, size
-        self.rounds = rounds_of_each(request.num_rounds, request.copies)
 
     def __call__(self, number: int) -> None:
         import torch.distributed as dist
 
         dist.barrier()
         if dist.get_rank() == 0 and self.request.progress:
-            done = self.request.microbatch_sizes.index(self.size) + max(number, 0) / self.rounds
+            done = self.request.microbatch_sizes.index(self.size) + max(number, 0) / self.request.num_rounds
             share = done / len(self.request.microbatch_sizes)
             Path(self.request.progress).write_text(f"{share:.4f} microbatches of {self.size}", encoding="utf-8")
 
