@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from planner.errors import FileError, UsageError
+from planner.errors import FileError
 from planner.files.profile_file import Profile
 from planner.intervals import with_repeat
 from planner.planning import measure as measure_request
@@ -70,8 +70,6 @@ def estimate(
     from planner.profiling.estimate import estimate_model
 
     request = PlanRequest(gpus, batch_size, microbatches, seed=seed, meta=meta, precision=precision)
-    if resolve_precision(str(model), request) != "fp32":
-        raise UsageError("an estimate in bf16", "peaks and bytes are those of fp32", "leave out --estimate: measure it")
     total = resolve_batch_size(str(model), request)
     return estimate_model(
         str(model),
@@ -80,5 +78,6 @@ def estimate(
         peak=peak,
         seed=seed,
         meta=meta,
+        precision=resolve_precision(str(model), request),
         progress=progress,
     )

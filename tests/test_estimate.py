@@ -186,9 +186,28 @@ def test_flags_that_contradict_an_estimate_are_refused(model: Path, flags: list[
     assert "--estimate" in capsys.readouterr().err
 
 
-def test_an_estimate_in_bf16_is_refused(model: Path):
-    with pytest.raises(UsageError, match="bf16"):
-        planner.estimate(model, gpus=1, peak="h100", batch_size=4, precision="bf16")
+def test_an_estimate_in_bf16_moves_half_the_activations_and_has_another_peak(model: Path):
+    wide, narrow = (
+        planner.estimate(model, gpus=2, peak="h100", batch_size=8, microbatches=2, precision=precision)
+        for precision in ("fp32", "bf16")
+    )
+    assert (wide.estimated.flops_per_s, narrow.estimated.flops_per_s) == (67e12, 989e12)
+    assert narrow.precision == "bf16"
+    (before,), (after,) = wide.sizes, narrow.sizes
+    assert [layer.flops for layer in before.layers] == [layer.flops for layer in after.layers]
+    crossing = [{tensor.name: tensor.num_bytes for tensor in size.tensors}["linear"] for size in (before, after)]
+    assert crossing == [4 * 256 * 4, 4 * 256 * 2]
+
+
+@pytest.mark.parametrize("peak", ["t4", "v100"])
+def test_a_device_without_bf16_has_no_estimate_in_it(model: Path, peak: str):
+    with pytest.raises(UsageError, match="does not compute in it"):
+        planner.estimate(model, gpus=1, peak=peak, batch_size=4, precision="bf16")
+
+
+def test_an_estimate_knows_what_may_not_be_swapped(model: Path):
+    (size,) = planner.estimate(model, gpus=2, peak="h100", batch_size=8, microbatches=2).sizes
+    assert size.dependencies is not None and (0, 1) in size.dependencies and (1, 2) in size.dependencies
 
 
 def test_files_without_estimates_load(model: Path, tmp_path: Path):

@@ -63,7 +63,7 @@ def count_work(
     fake = as_fake(mode, microbatch)
     values: dict[str, Any] = dict(zip(pieces.inputs, fake.inputs, strict=True))
     layers, trained, loss = [], [], None
-    with mode, torch.random.fork_rng(devices=[]):
+    with mode, torch.random.fork_rng(devices=[]), pieces.trace.computing():
         for piece in pieces.pieces:
             state = _fake_state(mode, piece)
             with _Counter() as counter:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
 from planner.errors import ProfileError
 from planner.files.profile_file import Peak, Profile, SizeProfile
 from planner.profiling.assembling import (
@@ -24,16 +26,15 @@ from planner.profiling.assembling import (
 from planner.profiling.counting import Work, count_work
 from planner.profiling.memory import track_fake_step
 from planner.profiling.optimizer_memory import OptimizerMemory, track_optimizer_by_sample
-from planner.profiling.peaks import find_peak
+from planner.profiling.peaks import Precision, find_peak
 from planner.tracing.deferred_model import build_either
 from planner.tracing.exporting import trace_model
 from planner.tracing.loading import as_call, load_source, make_batch, rows
+from planner.tracing.ordering import layer_dependencies
 from planner.tracing.pieces import build_pieces
 from planner.tracing.training_digest import training_digest
 
 if TYPE_CHECKING:
-    import torch
-
     from planner.tracing.exporting import Trace
     from planner.tracing.loading import ModelSource
 
@@ -58,26 +59,27 @@ def estimate_model(
     peak: str | None = None,
     seed: int = 0,
     meta: bool = False,
+    precision: Precision = "fp32",
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Profile:
     """Estimate `model` ("file.py" or "file.py:name") at the given sizes on a device of `peak` (see `find_peak`).
 
-    The model is never held in memory. Raises ModelFileError, TraceError, ProfileError where forward or the loss needs
-    values, or UsageError for a peak that is none.
+    The model is never held in memory; in bf16 its dtypes are those of autocast on a CPU. Raises ModelFileError,
+    TraceError, ProfileError where forward or the loss needs values, or UsageError for a peak that is none.
     """
     started = time.perf_counter()
-    limits, machine = find_peak(peak)
+    limits, machine = find_peak(peak, precision)
     source = load_source(model)
     block = CPU_BLOCK_BYTES if machine.device == "cpu" else GPU_BLOCK_BYTES
     sizes = []
     for number, size in enumerate(microbatch_sizes):
         progress(number / len(microbatch_sizes), f"microbatches of {size}")
-        sizes.append(_estimate_size(source, seed, batch_size, size, limits, block))
+        sizes.append(_estimate_size(source, seed, batch_size, size, limits, block, precision))
     trace = sizes[0][0]
     return Profile(
         model=describe_model(source, build_either(source, seed, meta=True)[0], meta=meta),
         machine=machine,
-        precision="fp32",
+        precision=precision,
         batch_size=batch_size,
         num_rounds=0,
         seconds=time.perf_counter() - started,
@@ -90,11 +92,12 @@ def estimate_model(
 
 
 def _estimate_size(
-    source: ModelSource, seed: int, batch_size: int, size: int, peak: Peak, block_bytes: int
+    source: ModelSource, seed: int, batch_size: int, size: int, peak: Peak, block_bytes: int, precision: Precision
 ) -> tuple[Trace, SizeProfile]:
     model, _ = build_either(source, seed, meta=True)
     batch = make_batch(source, seed, 0, batch_size)
-    trace = trace_model(model, *as_call(rows(batch[0], 0, size)))
+    autocast_on = torch.device("cpu") if precision == "bf16" else None
+    trace = trace_model(model, *as_call(rows(batch[0], 0, size)), autocast_on=autocast_on)
     pieces = build_pieces(trace)
     groups = optimizer_groups(trace, pieces)
     microbatches = microbatches_of(batch, size, batch_size)
@@ -108,7 +111,7 @@ def _estimate_size(
     forward[-1] += roofline_ms(counted.loss, peak)
     times = [_times(ms, trained) for ms, trained in zip(forward, counted.trained, strict=True)]
     costs = LayerCosts(times, updates, optimizer, temporaries_add, step)
-    return trace, size_profile(trace, pieces, size, microbatches[0], costs, counted.layers)
+    return trace, size_profile(trace, pieces, size, microbatches[0], costs, counted.layers, layer_dependencies(trace))
 
 
 def _times(forward_ms: float, trained: bool) -> LayerTimes:

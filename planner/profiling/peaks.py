@@ -7,28 +7,33 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from planner.errors import UsageError
 from planner.files.profile_file import Machine, Peak
 
+Precision = Literal["fp32", "bf16"]
 TABLE = Path(__file__).with_name("peaks.json")
 TRIAL_SIDE, TRIAL_ELEMENTS, TRIALS = 1024, 2**24, 5
 _RATE = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)([GTP]?)")
 
 
-def find_peak(text: str | None) -> tuple[Peak, Machine]:
+def find_peak(text: str | None, precision: Precision = "fp32") -> tuple[Peak, Machine]:
     """The peak that `--peak` names, and the machine that it stands for; None measures this CPU.
 
-    `text` is a name of the table or "FLOPS,BYTES/s". Raises UsageError for anything else.
+    `text` is a name of the table or "FLOPS,BYTES/s". Raises UsageError for anything else, and for a device of the table
+    that does not compute in `precision`.
 
     >>> find_peak("67T,3.35T")[0].bytes_per_s
     3350000000000.0
     """
     if text is None:
-        return measured_peak()
+        return measured_peak(precision)
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     if (entry := table.get(text.lower())) is not None:
-        peak = Peak(entry["name"], entry["fp32_flops_per_s"], entry["bytes_per_s"], entry["source"])
+        if (flops_per_s := entry[f"{precision}_flops_per_s"]) is None:
+            raise UsageError(f"--peak {text} in {precision}", f"{entry['name']} does not compute in it", "use fp32")
+        peak = Peak(entry["name"], flops_per_s, entry["bytes_per_s"], entry["source"])
         return peak, Machine("cuda", entry["name"], 1, _versions(), memory_bytes=entry["memory_bytes"])
     rates = [_rate(part) for part in text.split(",")]
     if len(rates) != 2 or None in rates or 0.0 in rates:
@@ -52,7 +57,7 @@ def _versions() -> dict[str, str]:
     return {"torch": torch.__version__}
 
 
-def measured_peak() -> tuple[Peak, Machine]:
+def measured_peak(precision: Precision = "fp32") -> tuple[Peak, Machine]:
     """The peak of one thread of this CPU: the best of a few products of matrices, and of a few copies.
 
     The caller's number of threads is left as it was.
@@ -62,7 +67,7 @@ def measured_peak() -> tuple[Peak, Machine]:
     from planner.machine.device import CpuDevice, describe_machine
 
     machine, threads = describe_machine(CpuDevice()), torch.get_num_threads()
-    a, b = torch.ones(2, TRIAL_SIDE, TRIAL_SIDE)
+    a, b = torch.ones(2, TRIAL_SIDE, TRIAL_SIDE, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     source, target = torch.ones(2, TRIAL_ELEMENTS)
     torch.set_num_threads(1)
     try:
