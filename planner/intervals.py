@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 COVERAGE = 0.9
 MOST_REPEATS = 16
-MODEL_DEVIATION = 0.02
-BOUNDARY_DEVIATION = 0.5
+MODEL_DEVIATION = 0.0125
+BOUNDARY_DEVIATION = 0.15
 
 
 def student_quantile(degrees: int, probability: float = (1 + COVERAGE) / 2) -> float:

@@ -51,7 +51,7 @@ class Trainer:
         self.stage = built.stage
         self.recorder = StageRecorder(self.stage, device)
         self.recorder.attach()
-        self.targets: Any = None
+        self.targets: list[Any] = []
         self.batch_bytes = 0
         self.losses: list[torch.Tensor] = []
         self.parameters = [p for p in self.stage.submod.parameters() if p.requires_grad]
@@ -64,11 +64,10 @@ class Trainer:
             scale_grads=mean,
         )
 
-    def _loss(self, output: Any, row_numbers: torch.Tensor) -> torch.Tensor:
-        """The user's loss on the rows of the batch that this microbatch holds."""
-        start, stop = int(row_numbers[0]), int(row_numbers[-1]) + 1
+    def _loss(self, output: Any, microbatch: torch.Tensor) -> torch.Tensor:
+        """The user's loss on the targets of a microbatch, given by its number."""
         with autocast(self.plan.precision, self.device.torch_device.type):
-            return self.source.loss_fn(self.built.rebuild_output(output), rows(self.targets, start, stop))
+            return self.source.loss_fn(self.built.rebuild_output(output), self.targets[int(microbatch)])
 
     def step(
         self,
@@ -100,7 +99,9 @@ class Trainer:
         """Make ready for a step on `batch`, without gradients; what the schedule takes of it, on the device."""
         self.losses = []
         inputs = self.built.inputs.tensors(batch[0], where)
-        inputs, self.targets = self._own_share(inputs, batch[1])
+        inputs, targets = self._own_share(inputs, batch[1])
+        size = self.plan.microbatch_size
+        self.targets = [rows(targets, start, start + size) for start in range(0, self.plan.batch_size, size)]
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         return inputs
@@ -165,7 +166,7 @@ class Trainer:
     def _run_schedule(self, inputs: list[torch.Tensor]) -> None:
         keywords: dict[str, Any] = {}
         if self.stage.is_last:
-            keywords = {"target": torch.arange(self.plan.batch_size), "losses": self.losses}
+            keywords = {"target": torch.arange(self.plan.num_microbatches), "losses": self.losses}
         self.schedule.step(*inputs, **keywords, return_outputs=False)
 
     def _squared_norm(self) -> float:

@@ -75,10 +75,11 @@ def test_sums_of_layers_and_boundaries_are_not_quite_stages():
     tensors = tuple(TensorProfile(f"t{i}", i, (i + 1,), 8, 8) for i in range(2))
     size = replace(exact.sizes[0], tensors=tensors, boundary_forward_ms=0.2, boundary_backward_ms=0.3)
     plan = plan_profile(replace(exact, sizes=(size,)), PlanRequest(3, microbatches=4))
+    model, boundary = intervals.MODEL_DEVIATION, intervals.BOUNDARY_DEVIATION
     for stage, boundaries in zip(plan.stages, (1, 2, 1), strict=True):
-        forward = hypot(intervals.MODEL_DEVIATION * (4 + 0.2 * boundaries), 0.5 * 0.2 * boundaries)
+        forward = hypot(model * (4 + 0.2 * boundaries), boundary * 0.2 * boundaries)
         assert stage.forward_interval_ms == pytest.approx(QUANTILE * forward)
-        backward = hypot(intervals.MODEL_DEVIATION * (6 + 0.3 * boundaries), 0.5 * 0.3 * boundaries)
+        backward = hypot(model * (6 + 0.3 * boundaries), boundary * 0.3 * boundaries)
         assert stage.load_interval_ms == pytest.approx(QUANTILE * hypot(forward, backward))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import microbatches, prediction
+from benchmarks.gpu_first import machine_lines
 from benchmarks.prediction import Bench, Figure, Run, figures, lines, summary
 from planner.files.measurement_file import Measurement
 from planner.files.profile_file import LayerProfile, Machine, ModelReference, Profile, SizeProfile
@@ -42,7 +43,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, factors: list[float]) -> tuple[Bench,
 
     monkeypatch.setattr(prediction, "profile_model", profiled)
     monkeypatch.setattr(prediction, "run", runs)
-    return Bench(Path("model.py"), rehearse=True, num_rounds=5), made
+    return Bench(Path("model.py"), 2, rehearse=True, num_rounds=5), made
 
 
 def test_a_run_that_drifted_is_kept_marked_and_made_once_more(monkeypatch: pytest.MonkeyPatch):
@@ -130,3 +131,10 @@ def test_counts_take_turns(monkeypatch: pytest.MonkeyPatch):
     found = microbatches.rehearsed_ms(plans, 2, 3)
     assert order == [*plans, *plans]
     assert {len(values) for values in found.values()} == {2}
+
+
+def test_what_a_device_keeps_for_itself_is_said():
+    gpu = replace(profile(1.0), machine=Machine("cuda", "a GPU", 1, {"torch": "2"}, 80 * 2**30, 2**29))
+    assert machine_lines(gpu) == ["\na GPU, torch 2", "512 MiB of 80.0 GiB are gone before any tensor is made"]
+    assert "figures of the CPU" in machine_lines(profile(1.0))[-1]
+    assert machine_lines(None) == ["nothing was profiled"]

@@ -19,6 +19,7 @@ from planner.files.profile_file import (
     TensorProfile,
     TiedProfile,
 )
+from planner.profiling.boundary import NO_COST, BoundaryCost
 from planner.profiling.counting import Work
 from planner.profiling.memory import StepMemory, layer_memory
 from planner.profiling.optimizer_memory import OptimizerMemory
@@ -28,7 +29,7 @@ from planner.tracing.gradients import attribute
 from planner.tracing.loading import ModelSource, as_call, rows
 from planner.tracing.pieces import Pieces
 
-MICROBATCHES_PER_ROUND = 3
+MOST_IN_A_PIPELINE, MOST_ALONE = 8, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class LayerCosts:
     optimizer: Sequence[OptimizerMemory]
     temporaries_add: bool
     step: StepMemory
+    boundary: BoundaryCost = NO_COST
     drift: float = 0.0
     periods: tuple[float, ...] = ()
 
@@ -86,9 +88,9 @@ def describe_model(source: ModelSource, model: nn.Module, *, meta: bool) -> Mode
     )
 
 
-def microbatches_of(batch: tuple[Any, Any], size: int, batch_size: int) -> list[Microbatch]:
-    """The microbatches that one round of the profile runs: the first few of the batch."""
-    count = min(MICROBATCHES_PER_ROUND, batch_size // size)
+def microbatches_of(batch: tuple[Any, Any], size: int, batch_size: int, *, pipeline: bool = False) -> list[Microbatch]:
+    """The microbatches that one round of the profile runs: the first few of the batch, more in a `pipeline`."""
+    count = min(MOST_IN_A_PIPELINE if pipeline else MOST_ALONE, batch_size // size)
     found = []
     for start in range(0, count * size, size):
         inputs = tree_leaves(as_call(rows(batch[0], start, start + size)))
@@ -140,6 +142,8 @@ def size_profile(
         ),
         dependencies=dependencies,
         periods=costs.periods,
+        boundary_forward_ms=costs.boundary.forward_ms,
+        boundary_backward_ms=costs.boundary.backward_ms,
     )
 
 

@@ -55,20 +55,25 @@ def measure_boundary(device: Device) -> BoundaryCost:
             own += list(zip(forward, backward, strict=True))
     everyone: list[Any] = [None] * copies
     dist.all_gather_object(everyone, own)
-    return shared(everyone)
+    return shared([tuple(median(column) for column in zip(*stage, strict=True)) for stage in everyone])
 
 
-def shared(stages: Sequence[Sequence[tuple[float, float]]]) -> BoundaryCost:
-    """Half of what a stage spends forward on having a stage before it, and backward on having one after it.
+def shared(stages: Sequence[tuple[float, float]]) -> BoundaryCost:
+    """What fits best to what the stages spent, (forward, backward), where the outer ones have one boundary, not two.
 
-    A stage between two others has two boundaries, so that it is charged the whole.
-
-    >>> shared([[(9.0, 0.4)], [(0.2, 0.4)], [(0.2, 9.0)]])
-    BoundaryCost(forward_ms=0.1, backward_ms=0.2)
+    >>> shared([(0.25, 0.5), (0.5, 1.0), (0.25, 0.5)])
+    BoundaryCost(forward_ms=0.25, backward_ms=0.5)
     """
-    forward = median(ms for stage in stages[1:] for ms, _ in stage)
-    backward = median(ms for stage in stages[:-1] for _, ms in stage)
-    return BoundaryCost(max(0.0, forward) / 2, max(0.0, backward) / 2)
+    count = len(stages)
+    sides = [(number > 0) + (number < count - 1) for number in range(count)]
+    weight = sum(side * side for side in sides)
+    if not weight:
+        return NO_COST
+    forward, backward = (
+        max(0.0, sum(side * spent for side, spent in zip(sides, column, strict=True)) / weight)
+        for column in zip(*stages, strict=True)
+    )
+    return BoundaryCost(forward, backward)
 
 
 class _Chain(nn.Module):

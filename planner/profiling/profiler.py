@@ -1,7 +1,7 @@
 """A model file → Profile, measured by concurrent copies in processes of their own.
 
-Copies run at once, as many as workers will share the host, because concurrent ranks slow each other by several per
-cent; the allocator's settings, which must be set before a process starts, are those of the training workers.
+The copies are the stages of a pipeline, as many as workers will share the host, because ranks slow each other; the
+allocator's settings, which must be set before a process starts, are those of the training workers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from planner.machine.device import available_cores, worker_environment
 from planner.machine.workers import run_workers
 
 REQUEST_SCHEMA = "evenstage/profile-request/1"
-LEAST_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileRequest:
-    """What to profile, each copy in `num_rounds`; `progress` is a file that the first copy keeps writing how far it is.
+    """What to profile, in `num_rounds`; `progress` is a file that the first copy keeps writing how far it is.
 
     `meta`: without memory for the whole model, one layer at a time. `granularity` auto opens layers that `num_stages`
     stages could not balance.
@@ -54,7 +53,7 @@ def profile_model(
     num_stages: int | None = None,
     device: str | None = None,
     seed: int = 0,
-    num_rounds: int = 15,
+    num_rounds: int = 12,
     meta: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     granularity: Granularity = "module",
@@ -77,7 +76,7 @@ def profile_model(
             batch_size,
             microbatch_sizes,
             device,
-            rounds_of_each(num_rounds, copies),
+            num_rounds,
             copies,
             shown,
             meta,
@@ -105,18 +104,9 @@ def concurrent_copies(num_workers: int, kind: str) -> int:
     """Copies to run at once: as many as workers will share this host's cores, two for each at most; 1 on a GPU.
 
     Where workers take turns on a core, each finds the caches full of the other's data; that is worth up to a fifth.
-    More than two for each make it no worse.
+    More than two for each make it no worse, and every one holds the whole model.
     """
     return 1 if kind == "cuda" else max(1, min(num_workers, 2 * available_cores()))
-
-
-def rounds_of_each(num_rounds: int, copies: int) -> int:
-    """Rounds that each copy runs, so that all have as many samples as `num_rounds` of two copies, and no fewer than 8.
-
-    >>> [rounds_of_each(15, copies) for copies in (1, 2, 4)], rounds_of_each(3, 4)
-    ([15, 15, 8], 3)
-    """
-    return min(num_rounds, max(LEAST_ROUNDS, -(-num_rounds * 2 // copies)))
 
 
 class _Watch:

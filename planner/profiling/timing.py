@@ -2,14 +2,13 @@
 
 Layers timed alone and repeated are off by 10 to 28 % (hot caches, hot allocator); here every layer runs where it will
 run: after its predecessor, and after the same layers of the microbatch before. What one microbatch leaves in the caches
-for the next is worth 4 to 6 % of a stage, and a whole model in one part leaves less. Backward is stamped by hooks on
-what each layer makes: autograd runs operations in reverse order of their creation, so the first hook of a layer to fire
-marks the moment when the layers after it are done.
+for the next is worth 4 to 6 % of a stage, and a whole model in one part leaves less.
+
+This is for one copy on one device; several copies are the stages of a real pipeline (see `pipelined`).
 """
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from planner.machine.device import Device
-from planner.profiling.first_seen import first_seen
+from planner.profiling.layer_clock import LayerClock
 from planner.profiling.marked_graph import Part, even_starts, marked_parts
 from planner.tracing.pieces import Pieces
 
@@ -120,6 +119,18 @@ def _one_round(step: _Step, microbatches: Sequence[Microbatch]) -> list[tuple[li
     return [(run.times(_PartRun.forward_ms), run.times(_PartRun.backward_ms)) for run in runs]
 
 
+def load_ms_alone(
+    pieces: Pieces, microbatches: Sequence[Microbatch], loss_fn: Callable[[Any, Any], torch.Tensor], device: Device
+) -> list[float]:
+    """Milliseconds of every layer, forward and backward, in the second of two steps of the whole model."""
+    step = _Step(pieces, marked_parts(pieces.trace, (0,)), loss_fn, device)
+    times: list[tuple[list[float], list[float]]] = []
+    for _ in range(2):
+        clear_gradients(pieces)
+        times = _one_round(step, microbatches)
+    return list(map(sum, zip(*times[-1], strict=True)))
+
+
 class _Run:
     """One microbatch on its way through the parts, and its gradients on their way back."""
 
@@ -172,73 +183,33 @@ class _Run:
         return [value for part in self.parts for value in of(part)]
 
 
-class _PartRun:
-    """A part on one microbatch: `spans` are the stamps around each layer's forward, `marks` those of its backward.
-
-    As torch's stages do, it holds its inputs and outputs until its backward.
-    """
+class _PartRun(LayerClock):
+    """A part on one microbatch. As torch's stages do, it holds its inputs and outputs until its backward."""
 
     def __init__(self, device: Device) -> None:
-        self.device, self.stamp = device, device.stamp
+        super().__init__(device)
         self.inputs: dict[str, Any] = {}
         self.outputs: tuple[Any, ...] = ()
         self.loss: torch.Tensor | None = None
-        self.spans: list[Any] = []
-        self.entries: dict[int, int] = {}
-        self.marks: list[Any] = []
 
     def forward(
         self, part: Part, inputs: Sequence[Any], loss: Callable[[tuple[Any, ...]], torch.Tensor] | None
     ) -> tuple[Any, ...]:
         """Run and time all layers; what `loss` does counts as the last one's."""
-        for value in inputs:
-            first_seen(value, self)
-        self.spans.append(self.stamp())
-        self.outputs = part.function(self, *inputs)
+        self.begin(inputs)
+        self.outputs = part.run(self, *inputs)
         if loss is not None:
             self.loss = loss(self.outputs)
-        self.spans.append(self.stamp())
+        self.end()
         return self.outputs
-
-    def mark(self, made: tuple[Any, ...]) -> None:
-        """Called by the function after each layer but the last; what is done here lies between two layers' times."""
-        self.spans.append(self.stamp())
-        layer = len(self.spans) // 2 - 1
-        for value in made:
-            if first_seen(value, self) and value.requires_grad:
-                value.register_hook(functools.partial(self._enter, layer))
-        self.spans.append(self.stamp())
-
-    def _enter(self, layer: int, _: torch.Tensor) -> None:
-        if layer not in self.entries:
-            self.entries[layer] = len(self.marks)
-            self.marks.append(self.stamp())
 
     def backward(self, ends: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
         """Backward from `ends`; nothing where none of them has a gradient."""
-        self.entries[len(self.spans) // 2 - 1] = 0
-        self.marks.append(self.stamp())
+        self.enter(self.num_layers - 1)
         if ends:
             torch.autograd.backward(ends, gradients)
-        self.marks.append(self.stamp())
+        self.end_backward()
         self.loss, self.outputs = None, ()
-
-    def forward_ms(self) -> list[float]:
-        """Milliseconds of every layer."""
-        return self.device.elapsed_ms(self.spans)[::2]
-
-    def backward_ms(self) -> list[float]:
-        """Milliseconds of every layer."""
-        order = sorted(self.entries, key=lambda layer: self.entries[layer])
-        return _between(order, self.device.elapsed_ms(self.marks), len(self.spans) // 2)
-
-
-def _between(order: list[int], elapsed: list[float], num_layers: int) -> list[float]:
-    """Backward milliseconds by layer: from the layer's entry to the next entry; 0 for layers that were not entered."""
-    times = [0.0] * num_layers
-    for layer, value in zip(order, elapsed, strict=True):
-        times[layer] += value
-    return times
 
 
 def summarise(samples: Sequence[float]) -> tuple[float, float]:

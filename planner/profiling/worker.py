@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from planner.machine.workers import as_worker
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from planner.tracing.sizes import ExportCount, SizeExports
 
 OPTIMIZER_ROUNDS = 5
+STAGE_FAILED = "failed to run forward"  # torch's stage says so around the error of its module
+
+Measured = TypeVar("Measured")
 
 
 def main() -> None:
@@ -40,7 +43,6 @@ def main() -> None:
 
     from planner.files.reading import decode
     from planner.machine.device import choose_device, describe_machine
-    from planner.profiling.boundary import measure_boundary
     from planner.profiling.opening import Opening
     from planner.profiling.profiler import REQUEST_SCHEMA, ProfileRequest
     from planner.tracing.loading import load_source
@@ -56,10 +58,9 @@ def main() -> None:
     source = load_source(request.model)
     (exports, described), opening = _prepare(request, source, device), Opening(request.granularity, request.num_stages)
     sizes = tuple(_profile_size(request, source, device, exports, opening, n) for n in request.microbatch_sizes)
-    boundary = measure_boundary(device)
     if dist.get_rank() == 0:
         seconds = time.perf_counter() - started
-        _write(request, source, sizes, boundary, described, describe_machine(device), seconds, exports.count)
+        _write(request, source, sizes, described, describe_machine(device), seconds, exports.count)
 
 
 def _prepare(request: ProfileRequest, source: ModelSource, device: Device) -> tuple[SizeExports, ModelReference]:
@@ -81,22 +82,15 @@ def _write(
     request: ProfileRequest,
     source: ModelSource,
     sizes: tuple[tuple[Trace, SizeProfile], ...],
-    boundary: BoundaryCost,
     described: ModelReference,
     machine: Machine,
     seconds: float,
     count: ExportCount,
 ) -> None:
-    from dataclasses import replace
-
     from planner.files.profile_file import Profile, Tracing
     from planner.tracing.training_digest import training_digest
 
     traced = sizes[0][0]
-    sized = [
-        replace(size, boundary_forward_ms=boundary.forward_ms, boundary_backward_ms=boundary.backward_ms)
-        for _, size in sizes
-    ]
     Profile(
         model=described,
         machine=machine,
@@ -105,7 +99,7 @@ def _write(
         num_rounds=request.num_rounds,
         seconds=seconds,
         concurrent_copies=request.copies,
-        sizes=tuple(sized),
+        sizes=tuple(size for _, size in sizes),
         why_not_plain=traced.why_not_plain,
         training=training_digest(source, traced.graph_module),
         tracing=Tracing(count.exports, count.seconds),
@@ -150,7 +144,7 @@ def _time_trace(
     if meta:
         set_device(trace.graph_module, device.torch_device)
     pieces = build_pieces(trace)
-    microbatches = microbatches_of(batch, size, request.batch_size)
+    microbatches = microbatches_of(batch, size, request.batch_size, pipeline=request.copies > 1 and not meta)
     measure = _measure_piecewise if meta else _measure_in_place
     try:
         costs = measure(pieces, microbatches, source, device, request, _Meeting(request, size))
@@ -173,18 +167,36 @@ def _measure_in_place(
 ) -> LayerCosts:
     """What all layers cost where they run."""
     from planner.profiling.assembling import optimizer_groups
+    from planner.profiling.boundary import NO_COST
     from planner.profiling.memory import track_step
     from planner.profiling.optimizer_memory import track_optimizer
+    from planner.profiling.pipelined import time_in_pipeline
     from planner.profiling.timing import time_layers, time_optimizer
 
-    groups = optimizer_groups(pieces.trace, pieces)
-    samples = time_layers(
-        pieces, microbatches, source.loss_fn, device, request.num_rounds, meet, num_parts=request.num_stages
-    )
+    groups, rounds = optimizer_groups(pieces.trace, pieces), request.num_rounds
+    if request.copies > 1:
+        samples, boundary = time_in_pipeline(pieces, microbatches, source.loss_fn, device, rounds, meet)
+    else:
+        alone = time_layers(pieces, microbatches, source.loss_fn, device, rounds, meet, num_parts=request.num_stages)
+        samples, boundary = alone, NO_COST
     optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
-    step = track_step(pieces, microbatches, source.loss_fn, device)
-    memory = track_optimizer(groups, source.make_optimizer, device.block_bytes)
-    return _pooled_costs(samples, optimizer_ms, step, memory, request.num_rounds)
+    step, memory = _on_first_copy(
+        lambda: (
+            track_step(pieces, microbatches, source.loss_fn, device),
+            track_optimizer(groups, source.make_optimizer, device.block_bytes),
+        )
+    )
+    return _costs(samples, boundary, optimizer_ms, step, memory, rounds)
+
+
+def _on_first_copy(work: Callable[[], Measured]) -> Measured:
+    """What `work` finds on the first copy, for all: bytes are the same on each, and apart it is done sooner."""
+    import torch.distributed as dist
+
+    found: list[Any] = [work() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    measured: Measured = found[0]
+    return measured
 
 
 def _measure_piecewise(
@@ -197,33 +209,38 @@ def _measure_piecewise(
 ) -> LayerCosts:
     """`_measure_in_place` with one layer in memory at a time."""
     from planner.profiling.assembling import optimizer_groups
+    from planner.profiling.boundary import measure_boundary
     from planner.profiling.memory import track_fake_step
     from planner.profiling.optimizer_memory import track_optimizer_by_sample
     from planner.profiling.piecewise import time_pieces
+    from planner.profiling.pooling import gathered
 
     groups, rounds = optimizer_groups(pieces.trace, pieces), (request.num_rounds, OPTIMIZER_ROUNDS)
     samples, optimizer_ms = time_pieces(
         pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, rounds, meet
     )
-    step = track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes)
-    memory = track_optimizer_by_sample(groups, source.make_optimizer)
-    return _pooled_costs(samples, optimizer_ms, step, memory, request.num_rounds)
+    step, memory = _on_first_copy(
+        lambda: (
+            track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes),
+            track_optimizer_by_sample(groups, source.make_optimizer),
+        )
+    )
+    return _costs(gathered(samples), measure_boundary(device), optimizer_ms, step, memory, request.num_rounds)
 
 
-def _pooled_costs(
-    own: tuple[LayerSamples, ...],
+def _costs(
+    samples: tuple[LayerSamples, ...],
+    boundary: BoundaryCost,
     optimizer_ms: list[float],
     step: StepMemory,
     optimizer: tuple[list[OptimizerMemory], bool],
     num_rounds: int,
 ) -> LayerCosts:
-    """What this copy measured, its times together with those of all others; collective."""
     from planner.profiling.assembling import LayerCosts, measured_times
-    from planner.profiling.pooling import drift, gathered, periods
+    from planner.profiling.pooling import drift, periods
 
-    samples = gathered(own)
-    times = [measured_times(layer) for layer in samples]
-    return LayerCosts(times, optimizer_ms, *optimizer, step, drift(samples), periods(samples, num_rounds))
+    times, changes = [measured_times(layer) for layer in samples], periods(samples, num_rounds)
+    return LayerCosts(times, optimizer_ms, *optimizer, step, boundary, drift(samples), changes)
 
 
 def _explained(error: Exception, source: ModelSource) -> PlannerError:
@@ -231,6 +248,8 @@ def _explained(error: Exception, source: ModelSource) -> PlannerError:
     from planner.errors import ProfileError, user_frames
     from planner.tracing.user_functions import written_in_place
 
+    if STAGE_FAILED in str(error) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     if (explained := written_in_place(source.file, error)) is not None:
         return explained
     frames = user_frames(error, source.file)

@@ -1,0 +1,246 @@
+"""In-situ time of every layer in a real pipeline: each copy runs one part of the graph as torch's own GPipe stage.
+
+A stage that waits for its neighbours finds its caches cold when it wakes up, and one that never waits does not; torch's
+own work on a chunk, which is most of a stage of half a millisecond, is paid where there is a boundary. Both depend on
+where a layer runs, so the layers are timed where they will run, or nearly: in as many stages, of about even load.
+
+Marks between the layers slow what follows them, by some 20 µs each. So steps with marks, which tell the layers apart,
+alternate with steps without, which tell what the stage takes; the layers' times are scaled to that.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import ScheduleGPipe
+from torch.distributed.pipelining._utils import PipeInfo
+from torch.distributed.pipelining.stage import build_stage
+
+from planner.machine.device import Device
+from planner.profiling.boundary import BoundaryCost, shared
+from planner.profiling.layer_clock import LayerClock
+from planner.profiling.marked_graph import MarkedStages, even_starts, marked_stages, set_clock, without_marks
+from planner.profiling.timing import LayerSamples, Microbatch, clear_gradients, load_ms_alone
+from planner.tracing.pieces import OutputValue, Pieces
+
+WARM_UP_ROUNDS = 3
+LEAST_SHARE = 0.1  # of a stage is its layers', whatever its boundaries are charged
+
+
+def time_in_pipeline(
+    pieces: Pieces,
+    microbatches: Sequence[Microbatch],
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    device: Device,
+    num_rounds: int,
+    before_round: Callable[[int], None] = lambda _: None,
+) -> tuple[tuple[LayerSamples, ...], BoundaryCost]:
+    """Samples of every layer over `num_rounds` GPipe steps of all copies, and what a boundary cost besides; collective.
+
+    Gradients are None at each step's start. `before_round` is called with the round's number before each. A copy for
+    which there is no layer left only meets the others.
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        starts = _agreed_starts(pieces, microbatches, loss_fn, device, before_round)
+        group, rank = dist.new_group(range(len(starts))), dist.get_rank()
+        stage = None
+        if rank < len(starts):
+            stage = StageOfLayers(pieces, marked_stages(pieces.trace, starts), loss_fn, device, rank, group)
+        for number in range(-WARM_UP_ROUNDS, num_rounds):
+            before_round(number)
+            if stage is not None:
+                stage.step(microbatches, marked=number % 2 == 0, keep=number >= 0)
+    finally:
+        if enabled:
+            gc.enable()
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, stage and StageSamples(stage.forward, stage.backward))
+    return put_together([samples for samples in every if samples is not None])
+
+
+def _agreed_starts(
+    pieces: Pieces,
+    microbatches: Sequence[Microbatch],
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    device: Device,
+    before_round: Callable[[int], None],
+) -> tuple[int, ...]:
+    """First layers of stages of even load, by what the first copy has seen of the whole model."""
+    before_round(-WARM_UP_ROUNDS)
+    load_ms = load_ms_alone(pieces, microbatches[:2], loss_fn, device)
+    agreed: list[Any] = [even_starts(load_ms, dist.get_world_size())]
+    dist.broadcast_object_list(agreed)
+    return tuple(agreed[0])
+
+
+@dataclass(slots=True)
+class Direction:
+    """Milliseconds of a stage in one direction: by layer, then by microbatch, of marked steps; of chunks, of others.
+
+    The first and the last layer are what is not the model's: torch's own work and the form in which values travel. In
+    `first` are the layers' times on a step's first microbatch, where those differ.
+    """
+
+    layers: list[list[float]] = field(default_factory=list)
+    first: list[list[float]] = field(default_factory=list)
+    chunks: list[float] = field(default_factory=list)
+
+    def add(self, times: Sequence[float], *, first: bool = False) -> None:
+        """What the layers of one microbatch took; `first` keeps a step's first microbatch apart."""
+        self.layers = self.layers or [[] for _ in times]
+        self.first = self.first or [[] for _ in times]
+        for samples, value in zip(self.first if first else self.layers, times, strict=True):
+            samples.append(value)
+
+    @property
+    def medians(self) -> list[float]:
+        """Of every layer, in marked steps."""
+        return [median(samples or first) for samples, first in zip(self.layers, self.first, strict=True)]
+
+    @property
+    def taken_ms(self) -> float:
+        """What a chunk takes without marks, or with them where no other was seen."""
+        return median(self.chunks) if self.chunks else sum(self.medians)
+
+    @property
+    def besides_ms(self) -> float:
+        """The share of that which is not the layers'."""
+        marked, *_, last = medians = self.medians
+        return (marked + last) * self.taken_ms / sum(medians) if sum(medians) > 0 else 0.0
+
+    def without(self, boundaries_ms: float) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+        """Samples of the layers on later microbatches and on the first, which with `boundaries_ms` make `taken_ms`."""
+        of_layers = sum(self.medians[1:-1])
+        left = max(self.taken_ms - boundaries_ms, LEAST_SHARE * self.taken_ms)
+        factor = left / of_layers if of_layers > 0 else 1.0
+        first = [[value * factor for value in layer] for layer in self.first[1:-1]]
+        later = [[value * factor for value in layer] for layer in self.layers[1:-1]]
+        return [tuple(own or other) for own, other in zip(later, first, strict=True)], [tuple(each) for each in first]
+
+
+@dataclass(frozen=True, slots=True)
+class StageSamples:
+    """What one stage took."""
+
+    forward: Direction
+    backward: Direction
+
+
+def put_together(stages: Sequence[StageSamples]) -> tuple[tuple[LayerSamples, ...], BoundaryCost]:
+    """The samples of all layers and the cost of a boundary.
+
+    What stages spent besides their layers differs: the ends send or receive only, and more tensors cross one boundary
+    than another. A boundary is charged the same wherever it is, so the rest is shared out among the stage's layers:
+    a plan with the cuts of the profile is predicted to take what the profile's stages took.
+    """
+    boundary = shared([(stage.forward.besides_ms, stage.backward.besides_ms) for stage in stages])
+    found: list[LayerSamples] = []
+    for number, stage in enumerate(stages):
+        sides = (number > 0) + (number < len(stages) - 1)
+        forward, _ = stage.forward.without(sides * boundary.forward_ms)
+        backward, first = stage.backward.without(sides * boundary.backward_ms)
+        found += map(LayerSamples, forward, backward, first)
+    return tuple(found), boundary
+
+
+class StageOfLayers:
+    """One stage of the model, run by torch, its layers timed."""
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        stages: MarkedStages,
+        loss_fn: Callable[[Any, Any], torch.Tensor],
+        device: Device,
+        index: int,
+        group: Any = None,
+    ) -> None:
+        self.pieces, self.loss_fn, self.device = pieces, loss_fn, device
+        self.output_names = list(dict.fromkeys(leaf.name for leaf in pieces.outputs if isinstance(leaf, OutputValue)))
+        self.function = stages.marked[index]
+        self.plain = without_marks(self.function)
+        info = PipeInfo(stages.pipe_graph, len(stages.marked), has_loss_and_backward=False)
+        stage: Any = build_stage(self.function, index, info, device.torch_device, group)
+        self._attach(stage)
+        self.stage = stage
+        self.schedule: Any = None
+        self.microbatches: Sequence[Microbatch] = ()
+        self.clocks: dict[int, LayerClock] = {}
+        self.loss_ms: dict[int, float] = {}
+        self.forward, self.backward = Direction(), Direction()
+
+    def step(self, microbatches: Sequence[Microbatch], *, marked: bool, keep: bool) -> None:
+        """One GPipe step, of which, with `keep`, the times are samples."""
+        clear_gradients(self.pieces)
+        if self.schedule is None:
+            self.schedule = ScheduleGPipe(self.stage, len(microbatches), loss_fn=self._loss, scale_grads=False)
+        self.stage.submod = self.function if marked else self.plain
+        self.microbatches = microbatches
+        inputs: list[torch.Tensor] = []
+        if self.stage.is_first:
+            inputs = [torch.cat(rows) for rows in zip(*(each.inputs for each in microbatches), strict=True)]
+        target = torch.arange(len(microbatches)) if self.stage.is_last else None
+        self.schedule.step(*inputs, target=target, return_outputs=False)
+        if keep:
+            for number in range(len(microbatches)):
+                self._keep(number, marked=marked)
+
+    def _attach(self, stage: Any) -> None:
+        stage.forward_one_chunk = self._timed_forward(stage.forward_one_chunk)
+        stage.backward_one_chunk = self._timed_backward(stage.backward_one_chunk)
+
+    def _timed_forward(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(number: int, *args: Any, **kwargs: Any) -> Any:
+            clock = self.clocks[number] = LayerClock(self.device)
+            set_clock(self.function, clock)
+            clock.begin()
+            with self.pieces.trace.computing():
+                result = method(number, *args, **kwargs)
+            clock.end()
+            return result
+
+        return timed
+
+    def _loss(self, output: Any, numbers: torch.Tensor) -> torch.Tensor:
+        """The loss of a microbatch; its time is the last layer's."""
+        number = int(numbers)
+        before = self.device.stamp()
+        with self.pieces.trace.computing():
+            values = dict(zip(self.output_names, output, strict=True))
+            loss = self.loss_fn(self.pieces.rebuild_output(values), self.microbatches[number].targets)
+        after = self.device.stamp()
+        self.loss_ms[number] = self.device.elapsed_ms([before, after])[0]
+        clock = self.clocks[number]
+        if loss.requires_grad and clock.num_layers > 1:
+            loss.register_hook(lambda gradient: clock.enter(clock.num_layers - 2))
+        return loss
+
+    def _timed_backward(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(number: int, *args: Any, **kwargs: Any) -> Any:
+            clock = self.clocks[number]
+            clock.enter(clock.num_layers - 1)
+            result = method(number, *args, **kwargs)
+            clock.end_backward()
+            return result
+
+        return timed
+
+    def _keep(self, number: int, *, marked: bool) -> None:
+        clock = self.clocks[number]
+        forward, backward, loss_ms = clock.forward_ms(), clock.backward_ms(), self.loss_ms.get(number, 0.0)
+        if marked:
+            forward[-2] += loss_ms
+            self.forward.add(forward)
+            self.backward.add(backward, first=number == 0)
+        else:
+            self.forward.chunks.append(forward[0] + loss_ms)
+            self.backward.chunks += backward if number > 0 or len(self.clocks) == 1 else []

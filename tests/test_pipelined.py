@@ -1,0 +1,100 @@
+"""Layers timed in a real pipeline of processes, held to a clock that only operators of known cost advance."""
+
+import functools
+
+import pytest
+import torch
+
+from planner.profiling.boundary import NO_COST
+from planner.profiling.pipelined import Direction, StageSamples, put_together
+from tests.pipelined_copies import MICROBATCHES, Frozen, Skip, Structured, inputs_of, loss_of, times
+
+SKIP = {"first": (1, 10), "middle": (2, 20), "side": (3, 30), "nothing": (0, 0), "last": (4.5, 40.25)}
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """What copies found of a model; each combination is run once."""
+    return functools.cache(lambda name, copies: times(name, copies, tmp_path_factory.mktemp("copies")))
+
+
+def exact(found, which):
+    return {name: {round(ms, 9) for ms in samples[which]} for name, samples in found[0]["layers"].items()}
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_every_layer_is_timed_exactly_on_the_copy_that_runs_it(timed, copies):
+    found = timed("Skip", copies)
+    assert exact(found, "forward_ms") == {name: {forward} for name, (forward, _) in SKIP.items()}
+    assert exact(found, "backward_ms") == {name: {backward} for name, (_, backward) in SKIP.items()}
+    assert exact(found, "backward_first_ms") == exact(found, "backward_ms")
+    assert found[0]["boundary"] == {"forward_ms": 0.0, "backward_ms": 0.0}
+    assert all(other["layers"] == found[0]["layers"] for other in found)
+    assert len(found[0]["layers"]["first"]["forward_ms"]) == 2 * MICROBATCHES  # two of four rounds are marked
+    assert len(found[0]["layers"]["first"]["backward_ms"]) == 2 * (MICROBATCHES - 1)
+
+
+def test_frozen_layers_have_no_backward_on_a_copy_of_their_own(timed):
+    found = timed("Frozen", 2)
+    assert exact(found, "backward_ms") == {"frozen": {0.0}, "more": {0.0}, "last": {5.25}}
+    assert exact(found, "forward_ms") == {"frozen": {8.0}, "more": {1.0}, "last": {9.5}}
+
+
+def test_a_model_of_fewer_layers_than_copies_is_timed_by_some(timed):
+    found = timed("One", 2)
+    assert exact(found, "forward_ms") == {"only": {2.5}} and exact(found, "backward_ms") == {"only": {3.25}}
+
+
+def test_what_marks_cost_is_taken_off(tmp_path):
+    found = times("Skip", 2, tmp_path, slowed=True)
+    forward = sum(max(exact(found, "forward_ms")[name]) for name in SKIP)
+    boundary_ms = found[0]["boundary"]["forward_ms"]
+    assert forward + 2 * boundary_ms == pytest.approx(10.5)
+    assert exact(found, "backward_ms")["last"] == {40.25}
+
+
+@pytest.mark.parametrize(("kind", "copies"), [(Skip, 3), (Frozen, 2), (Structured, 3)])
+def test_the_pipeline_that_is_timed_computes_the_gradients_of_the_model(timed, kind, copies):
+    found, model = timed(kind.__name__, copies), kind()
+    for number in range(MICROBATCHES):
+        inputs = inputs_of(model)
+        output = model(**{k: v * (1 + number) for k, v in inputs.items()}) if isinstance(inputs, dict) else None
+        output = model(inputs * (1 + number)) if output is None else output
+        loss_of(output, torch.ones(2, 3) * number).backward()
+    for parameter, tensor in model.named_parameters():
+        parts = [torch.tensor(copy["gradients"][parameter]) for copy in found if parameter in copy["gradients"]]
+        assert (tensor.grad is None) == (not parts)
+        assert not parts or torch.allclose(sum(parts), tensor.grad)
+
+
+def direction(*times, chunk_ms=None):
+    made = Direction()
+    for _ in range(3):
+        made.add(times)
+        made.add([2 * ms for ms in times], first=True)
+        made.chunks += [] if chunk_ms is None else [chunk_ms]
+    return made
+
+
+def test_layers_and_boundaries_add_up_to_what_each_stage_took_without_marks():
+    ends = direction(1.0, 4.0, 2.0, 1.0, chunk_ms=4.0), direction(1.0, 6.0, 1.0, chunk_ms=4.0)
+    middle = direction(4.0, 4.0, 4.0, chunk_ms=6.0)
+    layers, boundary = put_together([StageSamples(d, d) for d in (ends[0], middle, ends[1])])
+    assert boundary.forward_ms == pytest.approx((1.0 + 2 * 4.0 + 1.0) / (1 + 4 + 1))
+    assert boundary.backward_ms == boundary.forward_ms
+    inside = [(4.0 - boundary.forward_ms) * 4 / 6, (4.0 - boundary.forward_ms) * 2 / 6]
+    inside += [6.0 - 2 * boundary.forward_ms, 4.0 - boundary.forward_ms]
+    assert [layer.forward_ms for layer in layers] == [pytest.approx([ms] * 3) for ms in inside]
+    assert layers[3].backward_first_ms == pytest.approx([2 * max(layers[3].backward_ms)] * 3)
+
+
+def test_without_whole_chunks_layers_keep_what_was_marked():
+    layers, boundary = put_together([StageSamples(direction(0.0, 1.0, 2.0, 0.0), direction(0.0, 3.0, 4.0, 0.0))])
+    assert [set(layer.forward_ms) for layer in layers] == [{1.0}, {2.0}]
+    assert [set(layer.backward_ms) for layer in layers] == [{3.0}, {4.0}] and boundary == NO_COST
+
+
+def test_a_stage_keeps_a_share_for_its_layers_however_small_it_is():
+    tiny, large = direction(0.0, 0.5, 0.5, chunk_ms=1.0), direction(9.0, 1.0, 9.0, chunk_ms=19.0)
+    layers, boundary = put_together([StageSamples(d, d) for d in (tiny, large)])
+    assert boundary.forward_ms > 1.0 and layers[0].forward_ms == pytest.approx([0.1] * 3)
