@@ -67,6 +67,17 @@ class Structured(nn.Module):
         return {"hidden": x, "output": self.third(x).t()}
 
 
+class Pair(nn.Module):
+    """The last stage of two has two layers, and the loss belongs to the last of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.long, self.short, self.last = Layer(50, 50), Layer(1, 2), Layer(3, 4)
+
+    def forward(self, x):
+        return self.last(self.short(self.long(x)))
+
+
 class One(nn.Module):
     """A single layer: there is nothing to divide."""
 

@@ -40,6 +40,12 @@ def test_frozen_layers_have_no_backward_on_a_copy_of_their_own(timed):
     assert exact(found, "forward_ms") == {"frozen": {8.0}, "more": {1.0}, "last": {9.5}}
 
 
+def test_the_loss_is_the_last_layers_and_no_others(timed):
+    found = timed("Pair", 2)
+    assert exact(found, "forward_ms") == {"long": {50.0}, "short": {1.0}, "last": {3.5}}
+    assert exact(found, "backward_ms") == {"long": {50.0}, "short": {2.0}, "last": {4.25}}
+
+
 def test_a_model_of_fewer_layers_than_copies_is_timed_by_some(timed):
     found = timed("One", 2)
     assert exact(found, "forward_ms") == {"only": {2.5}} and exact(found, "backward_ms") == {"only": {3.25}}
