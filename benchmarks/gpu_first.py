@@ -13,8 +13,7 @@ import argparse
 import time
 
 from benchmarks.measured_runs import EXAMPLES
-from benchmarks.prediction import COLUMNS, HEADINGS, Bench, Run, lines, summary
-from planner.errors import PlannerError
+from benchmarks.prediction import Bench, printed_runs, summary
 from planner.files.profile_file import Profile
 from planner.rendering.wording import format_bytes
 
@@ -29,18 +28,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, metavar="N")
     parser.add_argument("--models", type=int, default=len(MODELS), metavar="N", help="the first N models (default all)")
     arguments = parser.parse_args()
-    started, runs, profile = time.perf_counter(), list[Run](), None
-    print(COLUMNS.format(*HEADINGS))
-    for model, size in [*MODELS.items()][: arguments.models]:
-        bench = Bench(model, size, rehearse=True, num_rounds=12)
-        try:
-            for made in bench.runs([arguments.stages], ["gpipe", "1f1b"], steps=arguments.steps):
-                print("\n".join(lines(made)), flush=True)
-                runs.append(made)
-        except PlannerError as error:
-            print(f"{model.stem}: {error.got}", flush=True)
-        profile = bench.latest.get(arguments.stages, profile)
-    print("\n".join([*summary(runs), *machine_lines(profile), f"took {time.perf_counter() - started:.0f} s"]))
+    started = time.perf_counter()
+    chosen = [*MODELS.items()][: arguments.models]
+    benches = [Bench(model, size, rehearse=True, num_rounds=12) for model, size in chosen]
+    runs = printed_runs(benches, [arguments.stages], ["gpipe", "1f1b"], steps=arguments.steps)
+    profiles = [profile for bench in benches for profile in bench.latest.values()]
+    machine = machine_lines(profiles[-1] if profiles else None)
+    print("\n".join([*summary(runs), *machine, f"took {time.perf_counter() - started:.0f} s"]))
 
 
 def machine_lines(profile: Profile | None) -> list[str]:

@@ -105,17 +105,26 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.stages, arguments.schedules = [2], ["gpipe"]
+    rounds, steps = (6, 4) if arguments.quick else (12, 20)
+    benches = [
+        Bench(model, size, rehearse=arguments.rehearse, num_rounds=rounds)
+        for model, size in [*MODELS.items()][: arguments.models]
+    ]
+    print("\n".join(summary(printed_runs(benches, arguments.stages, arguments.schedules, steps=steps))))
+
+
+def printed_runs(benches: Iterable[Bench], stages: Sequence[int], schedules: Sequence[str], *, steps: int) -> list[Run]:
+    """The runs of all benches, each printed as lines of the table as soon as it is made."""
     print(COLUMNS.format(*HEADINGS))
     runs: list[Run] = []
-    for model, size in [*MODELS.items()][: arguments.models]:
-        bench = Bench(model, size, rehearse=arguments.rehearse, num_rounds=6 if arguments.quick else 12)
+    for bench in benches:
         try:
-            for made in bench.runs(arguments.stages, arguments.schedules, steps=4 if arguments.quick else 20):
+            for made in bench.runs(stages, schedules, steps=steps):
                 print("\n".join(lines(made)), flush=True)
                 runs.append(made)
         except PlannerError as error:
-            print(f"{model.stem}: {error.got}", flush=True)
-    print("\n".join(summary(runs)))
+            print(f"{bench.model.stem}: {error.got}", flush=True)
+    return runs
 
 
 class Bench:

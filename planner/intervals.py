@@ -18,6 +18,7 @@ from math import hypot, pi, sqrt, tan
 from statistics import NormalDist, variance
 from typing import TYPE_CHECKING
 
+from planner.files.plan_file import boundaries_of
 from planner.scheduling.simulation import StageTimes, simulate
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def with_intervals(plan: Plan, profile: Profile) -> Plan:
 
 def _stage_errors_ms(plan: Plan, stage: Stage, size: SizeProfile) -> tuple[float, float]:
     """Standard errors of a stage's forward and backward, whatever the machine does: samples, boundaries, and layout."""
-    boundaries = (stage.index > 0) + (stage.index < plan.num_stages - 1)
+    boundaries = boundaries_of(stage.index, plan.num_stages)
 
     def error(spread_ms: float, value_ms: float, boundary_ms: float) -> float:
         return hypot(spread_ms, MODEL_DEVIATION * value_ms, BOUNDARY_DEVIATION * boundaries * boundary_ms)

@@ -131,10 +131,10 @@ def main() -> None:
 
 def times(name: str, copies: int, folder: Path, *, slowed: bool = False) -> list[dict]:
     """What every copy found."""
-    arguments = [name, str(copies), str(folder), "slowed" if slowed else "exact"]
+    arguments = [str(copies), str(folder), "slowed" if slowed else "exact"]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.pipelined_copies", name, str(rank), *arguments[1:]],
+            [sys.executable, "-m", "tests.pipelined_copies", name, str(rank), *arguments],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,

@@ -139,6 +139,15 @@ class TiedParameter:
     stages: tuple[int, ...]
 
 
+def boundaries_of(stage: int, num_stages: int) -> int:
+    """How many boundaries a stage has.
+
+    >>> [boundaries_of(stage, 3) for stage in range(3)], boundaries_of(0, 1)
+    ([1, 2, 1], 0)
+    """
+    return (stage > 0) + (stage < num_stages - 1)
+
+
 def tied_over(cuts: Sequence[int], users: Mapping[str, Sequence[int]]) -> tuple[TiedParameter, ...]:
     """The parameters of `users` (name → indices of the layers that use it) that more than one stage holds.
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.files.measurement_file import StageFigures
+from planner.files.plan_file import boundaries_of
 from planner.files.profile_file import LayerProfile, SizeProfile, TiedProfile
 
 Array = npt.NDArray[np.float64]
@@ -87,10 +88,9 @@ def attribute(size: SizeProfile, runs: Sequence[MeasuredRun]) -> Attribution:
 
 def _without_boundaries(run: MeasuredRun, size: SizeProfile) -> MeasuredRun:
     """The stages without their transfers and without their own work on their boundaries."""
-    last = len(run.stages) - 1
     stages = []
     for index, stage in enumerate(run.stages):
-        boundaries = (index > 0) + (index < last)
+        boundaries = boundaries_of(index, len(run.stages))
         forward_ms = stage.transfer_forward_ms + boundaries * size.boundary_forward_ms
         backward_ms = stage.transfer_backward_ms + boundaries * size.boundary_backward_ms
         stages.append(

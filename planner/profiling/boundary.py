@@ -7,6 +7,7 @@ takes besides them is the boundary's. On a GPU that work is done by the host whi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
+from planner.files.plan_file import boundaries_of
 from planner.machine.device import Device
 
 WIDTH, DEPTH, ROWS = 512, 4, 64
@@ -34,8 +36,9 @@ class BoundaryCost:
 NO_COST = BoundaryCost()
 
 
+@functools.cache
 def measure_boundary(device: Device) -> BoundaryCost:
-    """The cost of a boundary between the concurrent copies; collective. Nought for a single copy."""
+    """The cost of a boundary between the concurrent copies; collective, and measured once. Nought for a single copy."""
     copies = dist.get_world_size()
     if copies == 1 or device.clock != "thread-cpu":
         return NO_COST
@@ -65,7 +68,7 @@ def shared(stages: Sequence[tuple[float, float]]) -> BoundaryCost:
     BoundaryCost(forward_ms=0.25, backward_ms=0.5)
     """
     count = len(stages)
-    sides = [(number > 0) + (number < count - 1) for number in range(count)]
+    sides = [boundaries_of(number, count) for number in range(count)]
     weight = sum(side * side for side in sides)
     if not weight:
         return NO_COST

@@ -6,7 +6,6 @@ layer, a tenth of a small model's forward.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,8 +121,6 @@ def _copied(trace: Trace) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     copies: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(trace.graph_module.graph, copies)
     graph.output(output)
-    for before, after in copies.items():
-        after.meta = copy.copy(before.meta)
     return fx.GraphModule(trace.graph_module, graph), copies
 
 
@@ -138,11 +135,11 @@ def _slots(
     """The slot of every operation of the cut graph. Those that the cut has added stand at an end of their stage."""
     slots: dict[fx.Node, int] = {}
     stage, begun = 0, False
-    skipped = ("placeholder", "get_attr", "output")
+    computing = set(compute_nodes(graph))
     for node in graph.nodes:
         if node.target is aten_pipe_split_alias:
             stage, begun = stage + 1, False
-        elif node.op not in skipped:
+        elif node in computing:
             begun = begun or node in owner
             added = _slot(ends[stage] - 1) + 1 if begun else _slot(starts[stage]) - 1
             slots[node] = _slot(owner[node]) if node in owner else added
@@ -183,8 +180,7 @@ def _function(
     while position < len(slots) - 1:
         graph.call_method(MARK, (clock, _values(waiting, values)))
         position, waiting = position + 1, []
-    output = graph.output(_values(made, values))
-    output.meta = {}
+    graph.output(_values(made, values))
     return fx.GraphModule(attributes, graph), read, made
 
 

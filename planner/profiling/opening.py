@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-import torch.distributed as dist
-
 from planner.files.profile_file import Granularity
+from planner.profiling.pooling import on_first_copy
 from planner.tracing.exporting import Trace, open_layers
 
 CUTS_PER_STAGE = 4
@@ -37,8 +35,7 @@ class Opening:
         """
         if self.granularity != "auto" or self.opened or self._few_cuts(trace) or self.num_stages == 1:
             return None
-        chosen = torch.tensor(too_large(load_ms, self.num_stages))
-        dist.broadcast(chosen, src=0)
+        chosen = on_first_copy(lambda: too_large(load_ms, self.num_stages))
         self.opened.append(frozenset(layer.id for layer, large in zip(trace.layers, chosen, strict=True) if large))
         opened = open_layers(trace, self.opened[0])
         return opened if len(opened.layers) > len(trace.layers) else None

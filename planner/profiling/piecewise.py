@@ -8,7 +8,6 @@ Integers come from the user's own batch, since random ones might lie outside a t
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from planner.machine.device import Device
-from planner.profiling.timing import WARM_UP_ROUNDS, LayerSamples, Microbatch, time_optimizer
+from planner.profiling.timing import WARM_UP_ROUNDS, LayerSamples, Microbatch, time_optimizer, without_collection
 from planner.tracing.pieces import Piece, Pieces
 
 WEIGHT_STD = 0.02
@@ -50,7 +49,7 @@ def time_pieces(
     values: list[Values] = [dict(zip(pieces.inputs, m.inputs, strict=True)) for m in microbatches]
     samples: list[LayerSamples] = []
     optimizer_ms: list[float] = []
-    with _without_collection():
+    with without_collection():
         for index, piece in enumerate(pieces.pieces):
             meet(rounds[0] * index // len(pieces.pieces))
             last = index == len(pieces.pieces) - 1
@@ -65,18 +64,6 @@ def time_pieces(
         real_group = [nn.Parameter(filler.weight("weight", parameter)) for parameter in group]
         optimizer_ms += time_optimizer([real_group], make_optimizer, device, rounds[1])
     return tuple(samples), optimizer_ms
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Filler:

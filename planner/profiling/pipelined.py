@@ -10,7 +10,6 @@ alternate with steps without, which tell what the stage takes; the layers' times
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -22,11 +21,13 @@ from torch.distributed.pipelining import ScheduleGPipe
 from torch.distributed.pipelining._utils import PipeInfo
 from torch.distributed.pipelining.stage import build_stage
 
+from planner.files.plan_file import boundaries_of
 from planner.machine.device import Device
 from planner.profiling.boundary import BoundaryCost, shared
 from planner.profiling.layer_clock import LayerClock
 from planner.profiling.marked_graph import MarkedStages, even_starts, marked_stages, set_clock, without_marks
-from planner.profiling.timing import LayerSamples, Microbatch, clear_gradients, load_ms_alone
+from planner.profiling.pooling import on_first_copy
+from planner.profiling.timing import LayerSamples, Microbatch, clear_gradients, load_ms_alone, without_collection
 from planner.tracing.pieces import OutputValue, Pieces
 
 WARM_UP_ROUNDS = 3
@@ -46,10 +47,7 @@ def time_in_pipeline(
     Gradients are None at each step's start. `before_round` is called with the round's number before each. A copy for
     which there is no layer left only meets the others.
     """
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
+    with without_collection():
         starts = _agreed_starts(pieces, microbatches, loss_fn, device, before_round)
         group, rank = dist.new_group(range(len(starts))), dist.get_rank()
         stage = None
@@ -59,9 +57,6 @@ def time_in_pipeline(
             before_round(number)
             if stage is not None:
                 stage.step(microbatches, marked=number % 2 == 0, keep=number >= 0)
-    finally:
-        if enabled:
-            gc.enable()
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, stage and StageSamples(stage.forward, stage.backward))
     return put_together([samples for samples in every if samples is not None])
@@ -77,9 +72,7 @@ def _agreed_starts(
     """First layers of stages of even load, by what the first copy has seen of the whole model."""
     before_round(-WARM_UP_ROUNDS)
     load_ms = load_ms_alone(pieces, microbatches[:2], loss_fn, device)
-    agreed: list[Any] = [even_starts(load_ms, dist.get_world_size())]
-    dist.broadcast_object_list(agreed)
-    return tuple(agreed[0])
+    return on_first_copy(lambda: even_starts(load_ms, dist.get_world_size()))
 
 
 @dataclass(slots=True)
@@ -114,8 +107,8 @@ class Direction:
     @property
     def besides_ms(self) -> float:
         """The share of that which is not the layers'."""
-        marked, *_, last = medians = self.medians
-        return (marked + last) * self.taken_ms / sum(medians) if sum(medians) > 0 else 0.0
+        before, *_, after = medians = self.medians
+        return (before + after) * self.taken_ms / sum(medians) if sum(medians) > 0 else 0.0
 
     def without(self, boundaries_ms: float) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
         """Samples of the layers on later microbatches and on the first, which with `boundaries_ms` make `taken_ms`."""
@@ -145,9 +138,9 @@ def put_together(stages: Sequence[StageSamples]) -> tuple[tuple[LayerSamples, ..
     boundary = shared([(stage.forward.besides_ms, stage.backward.besides_ms) for stage in stages])
     found: list[LayerSamples] = []
     for number, stage in enumerate(stages):
-        sides = (number > 0) + (number < len(stages) - 1)
-        forward, _ = stage.forward.without(sides * boundary.forward_ms)
-        backward, first = stage.backward.without(sides * boundary.backward_ms)
+        count = boundaries_of(number, len(stages))
+        forward, _ = stage.forward.without(count * boundary.forward_ms)
+        backward, first = stage.backward.without(count * boundary.backward_ms)
         found += map(LayerSamples, forward, backward, first)
     return tuple(found), boundary
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from statistics import mean, median
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -13,6 +14,15 @@ from planner.profiling.timing import LayerSamples
 MOST_PERIODS = 4
 
 Samples = tuple[LayerSamples, ...]
+Found = TypeVar("Found")
+
+
+def on_first_copy(work: Callable[[], Found]) -> Found:
+    """What `work` finds on the first copy, for all; collective. The others wait."""
+    found: list[Any] = [work() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    first: Found = found[0]
+    return first
 
 
 def gathered(samples: Samples) -> Samples:

@@ -10,8 +10,9 @@ This is for one copy on one device; several copies are the stages of a real pipe
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -54,35 +55,38 @@ def time_layers(
     """Samples of every layer over `num_rounds` steps after three of warm-up; gradients are None at each step's start.
 
     The layers are run in `num_parts` parts of about the same load, all microbatches through one before the next, as
-    that many stages would run them. `before_round` is called with the round's number before each, so that concurrent
-    copies can meet there.
+    that many stages would run them. `before_round` is called with the round's number before each.
     """
     count = len(pieces.pieces)
     forward: list[list[float]] = [[] for _ in range(count)]
     later: list[list[float]] = [[] for _ in range(count)]
     first: list[list[float]] = [[] for _ in range(count)]
-    step = _Step(pieces, marked_parts(pieces.trace, (0,)), loss_fn, device)
+    with without_collection():
+        starts = even_starts(load_ms_alone(pieces, microbatches, loss_fn, device), num_parts)
+        step = _Step(pieces, marked_parts(pieces.trace, starts), loss_fn, device)
+        for number in range(-1, num_rounds):
+            before_round(number)
+            clear_gradients(pieces)
+            for index, (f, b) in enumerate(_one_round(step, microbatches)):
+                if number >= 0:
+                    _append(forward, f)
+                    _append(first if index == 0 else later, b)
+    return tuple(
+        LayerSamples(tuple(f), tuple(b or b1), tuple(b1)) for f, b, b1 in zip(forward, later, first, strict=True)
+    )
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No garbage collection, which would be counted to whatever runs then; what there is of it is collected before."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for number in range(-WARM_UP_ROUNDS - 1, num_rounds):
-            before_round(number)
-            clear_gradients(pieces)
-            times = _one_round(step, microbatches)
-            if number == -WARM_UP_ROUNDS and num_parts > 1:
-                starts = even_starts(map(sum, zip(*times[-1], strict=True)), num_parts)
-                step = replace(step, parts=marked_parts(pieces.trace, starts))
-            for index, (f, b) in enumerate(times):
-                if number >= 0:
-                    _append(forward, f)
-                    _append(first if index == 0 else later, b)
+        yield
     finally:
         if enabled:
             gc.enable()
-    return tuple(
-        LayerSamples(tuple(f), tuple(b or b1), tuple(b1)) for f, b, b1 in zip(forward, later, first, strict=True)
-    )
 
 
 def _append(samples: list[list[float]], values: list[float]) -> None:
@@ -125,7 +129,7 @@ def load_ms_alone(
     """Milliseconds of every layer, forward and backward, in the second of two steps of the whole model."""
     step = _Step(pieces, marked_parts(pieces.trace, (0,)), loss_fn, device)
     times: list[tuple[list[float], list[float]]] = []
-    for _ in range(2):
+    for _ in range(WARM_UP_ROUNDS):
         clear_gradients(pieces)
         times = _one_round(step, microbatches)
     return list(map(sum, zip(*times[-1], strict=True)))

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from planner.machine.workers import as_worker
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 OPTIMIZER_ROUNDS = 5
 STAGE_FAILED = "failed to run forward"  # torch's stage says so around the error of its module
-
-Measured = TypeVar("Measured")
 
 
 def main() -> None:
@@ -171,32 +169,23 @@ def _measure_in_place(
     from planner.profiling.memory import track_step
     from planner.profiling.optimizer_memory import track_optimizer
     from planner.profiling.pipelined import time_in_pipeline
+    from planner.profiling.pooling import on_first_copy
     from planner.profiling.timing import time_layers, time_optimizer
 
     groups, rounds = optimizer_groups(pieces.trace, pieces), request.num_rounds
     if request.copies > 1:
         samples, boundary = time_in_pipeline(pieces, microbatches, source.loss_fn, device, rounds, meet)
     else:
-        alone = time_layers(pieces, microbatches, source.loss_fn, device, rounds, meet, num_parts=request.num_stages)
-        samples, boundary = alone, NO_COST
+        samples = time_layers(pieces, microbatches, source.loss_fn, device, rounds, meet, num_parts=request.num_stages)
+        boundary = NO_COST
     optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
-    step, memory = _on_first_copy(
+    step, memory = on_first_copy(
         lambda: (
             track_step(pieces, microbatches, source.loss_fn, device),
             track_optimizer(groups, source.make_optimizer, device.block_bytes),
         )
     )
     return _costs(samples, boundary, optimizer_ms, step, memory, rounds)
-
-
-def _on_first_copy(work: Callable[[], Measured]) -> Measured:
-    """What `work` finds on the first copy, for all: bytes are the same on each, and apart it is done sooner."""
-    import torch.distributed as dist
-
-    found: list[Any] = [work() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    measured: Measured = found[0]
-    return measured
 
 
 def _measure_piecewise(
@@ -213,19 +202,20 @@ def _measure_piecewise(
     from planner.profiling.memory import track_fake_step
     from planner.profiling.optimizer_memory import track_optimizer_by_sample
     from planner.profiling.piecewise import time_pieces
-    from planner.profiling.pooling import gathered
+    from planner.profiling.pooling import gathered, on_first_copy
 
     groups, rounds = optimizer_groups(pieces.trace, pieces), (request.num_rounds, OPTIMIZER_ROUNDS)
     samples, optimizer_ms = time_pieces(
         pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, rounds, meet
     )
-    step, memory = _on_first_copy(
+    step, memory = on_first_copy(
         lambda: (
             track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes),
             track_optimizer_by_sample(groups, source.make_optimizer),
         )
     )
-    return _costs(gathered(samples), measure_boundary(device), optimizer_ms, step, memory, request.num_rounds)
+    boundary = measure_boundary(device)  # type: ignore[arg-type]  # mypy does not take a Protocol for hashable
+    return _costs(gathered(samples), boundary, optimizer_ms, step, memory, request.num_rounds)
 
 
 def _costs(
