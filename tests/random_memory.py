@@ -10,26 +10,36 @@ from planner.partitioning.chain_costs import ChainMemory
 
 def random_memory(source: random.Random, num_layers: int) -> ChainMemory:
     """Layers with whole bytes up to a few hundred; activations that pass one layer or many, outputs at the end."""
+    layers = tuple(_layer(source) for _ in range(num_layers))
+    peaks = [len(layer.backward_peaks_bytes) for layer in layers]
     lives, gradients = [], []
     for made in range(num_layers):
         for _ in range(source.randint(0, 3)):
             reader = source.choice([-1, min(made + 1, num_layers), source.randint(made, num_layers)])
-            backward = source.random() < 0.7
             last = max(made, min(reader, num_layers - 1))
-            freed = source.randint(made, last)
-            lives.append(Lifetime(made, reader, "backward" if backward else "forward", freed, source.randint(1, 60)))
+            freed, num_bytes = source.randint(made, last), source.randint(1, 60)
+            if source.random() < 0.7:
+                lives.append(Lifetime(made, reader, "backward", freed, num_bytes, source.randrange(peaks[freed])))
+            else:
+                lives.append(Lifetime(made, reader, "forward", freed, num_bytes))
         if made and source.random() < 0.7:
-            gradients.append(GradientLifetime(made, source.randint(0, made - 1), source.randint(1, 40)))
-    layers = tuple(
-        LayerMemory(
-            *(source.randint(0, 90) for _ in range(2)), *(source.randint(0, 120) for _ in range(2)), *_rest(source)
-        )
-        for _ in range(num_layers)
-    )
+            freed = source.randint(0, made - 1)
+            given = tuple((v, source.randint(1, 40)) for v in range(freed, made) if source.random() < 0.3)
+            reads = tuple((v, source.randint(1, 40)) for v in range(freed, made + 1) if source.random() < 0.3)
+            after = source.randrange(peaks[freed])
+            gradients.append(GradientLifetime(made, freed, source.randint(1, 40), after, given, reads))
     return ChainMemory(
         layers,
-        SizeMemory(tuple(lives), tuple(gradients), source.randint(0, 9), source.randint(0, 9), source.random() < 0.5),
+        SizeMemory(
+            tuple(lives), tuple(gradients), source.randint(0, 9), source.randint(0, 9), source.choice([0.0, 0.5, 1.0])
+        ),
     )
+
+
+def _layer(source: random.Random) -> LayerMemory:
+    count = source.randint(1, 3)
+    later, first = (tuple(source.randint(0, 120) for _ in range(count)) for _ in range(2))
+    return LayerMemory(source.randint(0, 90), source.randint(0, 90), later, first, *_rest(source))
 
 
 def _rest(source: random.Random) -> tuple[int, int, int, int]:

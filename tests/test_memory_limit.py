@@ -9,13 +9,14 @@ from itertools import pairwise
 
 import pytest
 
+from planner.files.profile_file import GradientLifetime, LayerMemory, SizeMemory
 from planner.partitioning.chain import solve_chain
-from planner.partitioning.chain_costs import Chain, CostTable, Cuts, step_ms
+from planner.partitioning.chain_costs import Chain, ChainMemory, ChainTensor, CostTable, Cuts, step_ms
 from planner.partitioning.memory_limit import FittingStages, MemoryLimit, TooLittleMemoryError, tightest
 from planner.partitioning.stage_memory import StageMemoryTable
 from planner.scheduling.memory_timeline import StageBytes, memory_timeline, peak_memory
 from tests.random_memory import random_memory
-from tests.test_chain import all_cuts, random_chain
+from tests.test_chain import all_cuts, make_chain, random_chain
 
 
 def chains(seed: int, count: int) -> Iterator[tuple[Chain, int, int, str]]:
@@ -23,7 +24,8 @@ def chains(seed: int, count: int) -> Iterator[tuple[Chain, int, int, str]]:
     for _ in range(count):
         num_layers = source.randint(2, 8)
         chain = random_chain(source, num_layers)
-        chain = replace(chain, memory=random_memory(source, num_layers))
+        tensors = tuple(replace(t, gradient_scattered=source.random() < 0.3) for t in chain.tensors)
+        chain = replace(chain, tensors=tensors, memory=random_memory(source, num_layers))
         num_stages, schedule = source.randint(2, min(4, num_layers)), source.choice(["gpipe", "1f1b"])
         yield chain, num_stages, source.choice([4, 6, 9]), schedule
 
@@ -111,6 +113,42 @@ def test_a_timeline_by_hand() -> None:
     assert peak_memory(stage, 0, 2, 3).kind == "optimizer"
     kinds = [(p.kind, p.microbatch) for p in memory_timeline(stage, 1, 2, 3, "1f1b")]
     assert kinds[:3] == [("forward", 0), ("backward", 0), ("forward", 1)]
+
+
+def rises(gradients: tuple[GradientLifetime, ...], tensors: tuple[ChainTensor, ...], peaks: tuple[int, ...]) -> int:
+    """How far the middle layer of three, a stage of its own, rises in a later backward."""
+    layers = tuple(LayerMemory(0, 0, peaks, peaks, 0, 0, 0, 0) for _ in range(3))
+    memory = ChainMemory(layers, SizeMemory((), gradients, 0, 0, False))
+    chain = replace(make_chain([1.0] * 3, [1.0] * 3, tensors), memory=memory)
+    return StageMemoryTable(chain, 4, "gpipe").stage(1, 2).backward_rise_bytes
+
+
+def tensor(name: str, producer: int, last: int, num_bytes: int, *, scattered: bool = False) -> ChainTensor:
+    return ChainTensor(name, producer, last, num_bytes, num_bytes, 0.0, 0.0, gradient_scattered=scattered)
+
+
+def test_what_is_relayed_is_copied_when_all_layers_are_done() -> None:
+    """The middle stage makes a gradient of 10 bytes and relays one of 100."""
+    gradients = (GradientLifetime(1, 0, 10, 0, ((0, 10),)), GradientLifetime(2, 0, 100, 0, ((0, 100),)))
+    tensors = (tensor("x", 0, 1, 10), tensor("skip", 0, 2, 100), tensor("y", 1, 2, 10))
+    assert rises(gradients, tensors, (5,)) == 110
+    assert rises(gradients, tensors, (200,)) == 200
+
+
+def test_a_gradient_that_a_sum_hands_on_is_copied_for_each_value_before_the_stage() -> None:
+    """What arrives is the gradient of a sum of x and of what the stage computes from y: x gets a copy of it."""
+    tensors = (tensor("x", 0, 1, 100), tensor("y", 0, 1, 10), tensor("sum", 1, 2, 100))
+    arrived = GradientLifetime(2, 0, 100, 0, ((0, 100), (1, 100)), ((0, 100), (1, 100)))
+    assert rises((arrived, GradientLifetime(1, 0, 10)), tensors, (30,)) == 100 + 30
+    unread = GradientLifetime(1, 0, 100, 0, ((0, 100),))
+    assert rises((unread,), tensors, (130, 100)) == 130  # of the stage's own making: handed over
+    read = replace(unread, reads=((1, 100),))
+    assert rises((read,), tensors, (130, 100)) == 100 + 130
+
+
+def test_a_gradient_that_lay_in_pieces_may_be_copied_where_it_arrives() -> None:
+    assert rises((), (tensor("y", 1, 2, 40, scattered=True),), (30,)) == 70
+    assert rises((), (tensor("y", 1, 2, 40),), (30,)) == 30
 
 
 def test_parts_add_up_to_the_peak() -> None:

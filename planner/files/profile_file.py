@@ -5,7 +5,9 @@ Schema `evenstage/profile/1`. Times are medians per microbatch in milliseconds; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,7 @@ from planner.files.reading import decode, dump_json, read_json, write_text
 
 SCHEMA = "evenstage/profile/1"
 Granularity = Literal["module", "operation", "auto"]
+ALL_AT_ONCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +64,18 @@ class Peak:
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:
-    """Bytes of one layer and one microbatch; peaks are above what is alive when the layer begins.
+    """Bytes of one layer and one microbatch; peaks are what the layer makes and has alive at most.
 
-    `saved_bytes` stay alive from its forward to a backward. `backward_first_peak_bytes` is the peak where the layer's
-    gradients are made, `backward_peak_bytes` where they are added to. `trainable_bytes` are the parameters that get a
-    gradient; tied ones are in `SizeProfile.tied`.
+    `saved_bytes` stay alive from its forward to a backward. A backward frees what forwards, and layers behind, made;
+    so it has a peak before every such freeing that a higher one follows, and one after all of them:
+    `backward_first_peaks_bytes` where the layer's gradients are made, `backward_peaks_bytes` where they are added to.
+    `trainable_bytes` are the parameters that get a gradient; tied ones are in `SizeProfile.tied`.
     """
 
     forward_peak_bytes: int
     saved_bytes: int
-    backward_peak_bytes: int
-    backward_first_peak_bytes: int
+    backward_peaks_bytes: tuple[int, ...]
+    backward_first_peaks_bytes: tuple[int, ...]
     trainable_bytes: int
     buffer_bytes: int
     optimizer_state_bytes: int
@@ -84,7 +88,7 @@ class Lifetime:
 
     Freed in the forward or backward of layer `freed`. `last_reader` is the last layer whose forward reads them, -1 for
     none beyond their own and the number of layers for an output of the model: a stage that ends before it keeps them
-    until its own backward is done.
+    until its own backward is done. A backward frees them after its peak number `freed_after`.
     """
 
     made: int
@@ -92,29 +96,52 @@ class Lifetime:
     freed_in: Literal["forward", "backward"]
     freed: int
     num_bytes: int
+    freed_after: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GradientLifetime:
-    """Bytes of a microbatch's gradients of activations, from the backward of layer `made` to that of layer `freed`."""
+    """Bytes of a microbatch's gradients of activations, from the backward of layer `made` to that of layer `freed`.
+
+    There they are freed after its peak number `freed_after`. A gradient that another is added to ends there, and their
+    sum is a new one: autograd adds in place where it may, but not into what a stage receives. `gradient_of` are
+    the makers of the values that the gradient is of, and the bytes of each: several where it is passed on unchanged, as
+    a sum's to its terms. `reads` are the layers whose backward computes other gradients from it, and the bytes read.
+    """
 
     made: int
     freed: int
     num_bytes: int
+    freed_after: int = 0
+    gradient_of: tuple[tuple[int, int], ...] = ()
+    reads: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SizeMemory:
     """What outlives its layer at one microbatch size, the bytes of a microbatch's inputs and of its targets.
 
-    `temporaries_add`: the optimizer's temporaries of several layers exist at once; else one layer's at a time.
+    `temporaries_kept` is the fraction of one layer's temporaries of the optimizer that the next layer's find alive: 1
+    where those of all layers exist at once.
     """
 
     lifetimes: tuple[Lifetime, ...]
     gradients: tuple[GradientLifetime, ...]
     input_bytes: int
     target_bytes: int
-    temporaries_add: bool
+    temporaries_kept: float
+
+
+def temporaries_at_once(temporaries: Sequence[int], kept: float) -> int:
+    """The most bytes of temporaries at once; `kept` is that of `SizeMemory`, and any of them may come before another.
+
+    >>> temporaries_at_once([8, 2, 6], 0.5), temporaries_at_once([8, 2, 6], 1.0), temporaries_at_once([], 0.5)
+    (11, 16, 0)
+    """
+    if kept > ALL_AT_ONCE:
+        return sum(temporaries)
+    *_, second, largest = 0, 0, *sorted(temporaries)
+    return largest + ceil(kept * second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +176,8 @@ class LayerProfile:
 class TensorProfile:
     """A tensor that leaves its layer: indices into the layers, bytes forward, gradient bytes backward.
 
-    One that is not `contiguous` is copied where a cut sends it.
+    One that is not `contiguous` is copied where a cut sends it. A gradient that was `gradient_scattered` in memory
+    arrives in one piece across a cut, so that the layer that made the tensor may copy it.
     """
 
     name: str
@@ -158,6 +186,7 @@ class TensorProfile:
     num_bytes: int
     gradient_bytes: int
     contiguous: bool = True
+    gradient_scattered: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from planner.machine.phase_bytes import PhaseBytes
+
 PROFILERS_LINE = re.compile(rb"ActivityProfilerHandler\.cpp|Memory block of unknown size")
 
 
@@ -43,26 +45,46 @@ def peak_of_events(events: list[dict[str, Any]]) -> int:
     return peak
 
 
-def rising_by_mark(events: list[dict[str, Any]], prefix: str) -> dict[str, int]:
-    """By the rest of the name of each range that begins with `prefix`: how far bytes rose until the next such range.
+def bytes_by_mark(events: list[dict[str, Any]], prefix: str, block_bytes: int = 1) -> dict[str, PhaseBytes]:
+    """By the rest of the name of each range that begins with `prefix`: what was made and freed until the next such.
 
-    >>> memory = lambda t, b: {"name": "[memory]", "ts": t, "args": {"Bytes": b}}
+    In whole blocks of `block_bytes`.
+
+    >>> memory = lambda t, addr, b: {"name": "[memory]", "ts": t, "args": {"Addr": addr, "Bytes": b}}
     >>> mark = lambda t, name: {"name": name, "ts": t}
-    >>> rising_by_mark([mark(1, "at 0"), memory(2, 8), memory(3, -6), mark(4, "at 1"), memory(5, 3)], "at ")
-    {'0': 8, '1': 3}
+    >>> events = [mark(1, "at 0"), memory(2, 7, 8), mark(4, "at 1"), memory(5, 9, 3), memory(6, 7, -8)]
+    >>> {name: (phase.peaks, phase.freed) for name, phase in bytes_by_mark(events, "at ").items()}
+    {'0': ([8], []), '1': ([3, 3], [8])}
     """
-    rising: dict[str, int] = {}
-    live = start = 0
-    name = None
+    phases: dict[str, PhaseBytes] = {}
+    makers: dict[int, PhaseBytes | None] = {}  # by address, the phase that made what is alive there
+    now: PhaseBytes | None = None
     for event in events:
         if event.get("name") == "[memory]":
-            live += int(event["args"]["Bytes"])
-            if name is not None:
-                rising[name] = max(rising[name], live - start)
+            num_bytes, address = int(event["args"]["Bytes"]), int(event["args"]["Addr"])
+            blocks = -(-abs(num_bytes) // block_bytes) * block_bytes
+            if num_bytes > 0:
+                _make(now, blocks, makers, address)
+            else:
+                _free(now, blocks, makers.pop(address, None))
         elif str(event.get("name", "")).startswith(prefix):
-            name, start = str(event["name"]).removeprefix(prefix), live
-            rising.setdefault(name, 0)
-    return rising
+            now = phases.setdefault(str(event["name"]).removeprefix(prefix), PhaseBytes())
+    return phases
+
+
+def _make(now: PhaseBytes | None, num_bytes: int, makers: dict[int, PhaseBytes | None], address: int) -> None:
+    makers[address] = now
+    if now is not None:
+        now.make(num_bytes)
+
+
+def _free(now: PhaseBytes | None, num_bytes: int, maker: PhaseBytes | None) -> None:
+    if now is None:
+        return
+    if maker is now:
+        now.free_own(num_bytes)
+    else:
+        now.free_other(num_bytes)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.errors import FileError
-from planner.files.profile_file import LayerMemory, SizeMemory
+from planner.files.profile_file import GradientLifetime, LayerMemory, Lifetime, SizeMemory
 from planner.scheduling.closed_forms import gpipe_step_ms
 from planner.scheduling.simulation import StageTimes, simulate
 
@@ -40,6 +40,7 @@ class ChainTensor:
     transfer_forward_ms: float
     transfer_backward_ms: float
     contiguous: bool = True
+    gradient_scattered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,20 @@ class ChainMemory:
 
     layers: tuple[LayerMemory, ...]
     size: SizeMemory
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that lifetimes and peaks name is there."""
+        lives, gradients = self.size.lifetimes, self.size.gradients
+        every: list[Lifetime | GradientLifetime] = [*lives, *gradients]
+        named = {i for life in every for i in (life.made, life.freed)}
+        named.update(layer for life in gradients for layer in dict(life.gradient_of + life.reads))
+        if not named <= set(range(len(self.layers))):
+            return False
+        peaks = [len(layer.backward_peaks_bytes) for layer in self.layers]
+        firsts = [len(layer.backward_first_peaks_bytes) for layer in self.layers]
+        inside = all(0 <= life.freed_after < peaks[life.freed] for life in every)
+        return inside and min(peaks, default=1) > 0 and peaks == firsts
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +139,13 @@ class Chain:
         return self.message_ms + self.boundary_backward_ms
 
     def _check_memory(self) -> None:
-        if self.memory is None:
+        if self.memory is None or (len(self.memory.layers) == len(self.ids) and self.memory.is_whole):
             return
-        last, lives = len(self.ids) - 1, self.memory.size.lifetimes
-        indices = [*(i for life in lives for i in (life.made, life.freed)), 0]
-        indices += [i for life in self.memory.size.gradients for i in (life.made, life.freed)]
-        if len(self.memory.layers) != len(self.ids) or not 0 <= min(indices) <= max(indices) <= last:
-            raise FileError(
-                "the memory of layers that are not there", f"layers are 0 to {last}", "profile the model again"
-            )
+        raise FileError(
+            "the memory of layers, or peaks, that are not there",
+            f"layers are 0 to {len(self.ids) - 1}, each with as many first peaks as later ones",
+            "profile the model again",
+        )
 
     def _check_members(self, kind: str, members: Sequence[ChainTensor | ChainTied]) -> None:
         for member in members:

@@ -68,7 +68,8 @@ class FittingStages:
     def _least_saved(self) -> Whole:
         """[i, j]: what one microbatch saves inside the stage alone."""
         table, stops = self.table, np.arange(1, self.table.num_layers + 1)
-        inside = table.alive_backward[stops, stops - 1][None, :] - table.alive_backward[:, stops - 1]
+        begins = table.first_peak[stops] - 1
+        inside = table.alive_backward[stops, begins][None, :] - table.alive_backward[:, begins]
         return np.concatenate([np.zeros((len(inside), 1), np.int64), np.maximum(inside, 0)], axis=1)
 
     @cached_property
@@ -91,21 +92,25 @@ class FittingStages:
             static = static + held * (group.parameter_bytes + group.optimizer_state_bytes)
             trained = trained + held * (group.parameter_bytes if group.trainable else 0)
             temporaries = temporaries + held * group.optimizer_temporary_bytes
-        freed = np.array([sum(n for _, n in b.received) for b in ends], np.int64)
-        rise = self._most_rise + (freed + m * returning)[:, None] + (freed + (m + 1) * self._sent)[None, :]
+        tied = 2 * sum(group.parameter_bytes for group in table.chain.tied if group.trainable)
+        returned = (m + 1) * returning
+        returned += [sum(gradient.given_bytes for gradient in b.returned) for b in ends]
+        rise = self._most_rise + returned[:, None] + (returning + (m + 1) * self._sent)[None, :] + tied
         return static, static + trained + np.maximum(temporaries, rise)
 
     @cached_property
     def _most_rise(self) -> Whole:
         """[i, j]: the most that a layer of the stage has alive besides what is saved."""
-        table, layers = self.table, np.arange(self.table.num_layers)
+        table = self.table
         passing = np.zeros(table.num_layers + 1, np.int64)
         for life in table.memory.size.lifetimes:
             if life.freed_in == "forward":
                 passing[life.made + 1] += life.num_bytes
                 passing[life.freed + 1] -= life.num_bytes
-        gradients = table.alive_gradients[-1, layers] - table.alive_gradients[layers + 1, layers]
-        backward = gradients + np.maximum(table.backward_peak, table.backward_first_peak)
+        peaks = np.arange(len(table.layer_of_peak))
+        gradients = table.alive_gradients[-1] - table.alive_gradients[table.layer_of_peak + 1, peaks]
+        own = np.maximum(table.backward_peak, table.backward_first_peak)
+        backward = np.maximum.reduceat(gradients + own, table.first_peak[:-1])
         each = np.maximum(np.cumsum(passing)[:-1] + table.forward_peak, backward)
         largest = np.zeros((len(each) + 1, len(each) + 1), np.int64)
         for start in range(len(each)):

@@ -3,20 +3,23 @@
 A stage of layers i to j keeps what its layers make in forward and free in a backward of its own, and what it sends
 (torch's stage holds its outputs until their backward is done). What comes from outside lies in receive buffers. So the
 bytes alive when a layer computes are sums over layers from i on, by prefix sums over the lifetimes of the profile.
+
+A layer's backward has a peak before and after what it frees (`LayerMemory`), so backward is followed peak by peak. All
+peaks are numbered like the layers, against the time of backward: those of layer 0 first, and of each its last first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from planner.files.profile_file import GradientLifetime, Lifetime, SizeMemory
-from planner.partitioning.chain_costs import Chain, ChainTensor, crossing, holds
+from planner.files.profile_file import GradientLifetime, Lifetime, temporaries_at_once
+from planner.partitioning.boundary_memory import Boundary, boundary_at
+from planner.partitioning.chain_costs import Chain, holds
 from planner.scheduling.memory_timeline import MemoryPoint, StageBytes, peak_memory
 
 Whole = npt.NDArray[np.int64]
@@ -38,9 +41,11 @@ class StageMemoryTable:
         self.states = as_prefix([m.optimizer_state_bytes for m in layers])
         self.temporaries = np.array([m.optimizer_temporary_bytes for m in layers], np.int64)
         self.forward_peak = np.array([m.forward_peak_bytes for m in layers], np.int64)
-        self.backward_peak = np.array([m.backward_peak_bytes for m in layers], np.int64)
+        self.backward_peak = _last_first([m.backward_peaks_bytes for m in layers])
+        self.backward_first_peak = _last_first([m.backward_first_peaks_bytes for m in layers])
+        self.first_peak = as_prefix([len(m.backward_peaks_bytes) for m in layers])
+        self.layer_of_peak = np.repeat(np.arange(self.num_layers), np.diff(self.first_peak))
         self._stages: dict[tuple[int, int], StageBytes] = {}
-        self.backward_first_peak = np.array([m.backward_first_peak_bytes for m in layers], np.int64)
 
     @cached_property
     def alive_forward(self) -> Whole:
@@ -55,19 +60,28 @@ class StageMemoryTable:
 
     @cached_property
     def alive_backward(self) -> Whole:
-        """[b, q]: bytes that layers before b made in forward and that a backward of layers up to q frees."""
-        kept = [life for life in self.memory.size.lifetimes if life.freed_in == "backward"]
-        return _freed_up_to(self.num_layers, kept)
+        """[b, peak]: bytes that layers before b made in forward and that backward has not freed at that peak."""
+        return self._alive_at_peaks([life for life in self.memory.size.lifetimes if life.freed_in == "backward"])
 
     @cached_property
     def alive_gradients(self) -> Whole:
-        """[b, q]: gradients that layers before b made in backward and that layers up to q free."""
-        return _freed_up_to(self.num_layers, self.memory.size.gradients)
+        """[b, peak]: gradients that layers before b made in backward and that are not freed at that peak."""
+        return self._alive_at_peaks(self.memory.size.gradients)
+
+    def _alive_at_peaks(self, lives: Sequence[Lifetime | GradientLifetime]) -> Whole:
+        made = np.zeros((self.num_layers, len(self.layer_of_peak)), np.int64)
+        for life in lives:
+            made[life.made, self.last_peak(life)] += life.num_bytes
+        return _accumulate(np.cumsum(made, axis=1))
+
+    def last_peak(self, life: Lifetime | GradientLifetime) -> int:
+        """The last peak of backward at which the bytes are alive: the lowest number."""
+        return int(self.first_peak[life.freed + 1]) - 1 - life.freed_after
 
     @cached_property
     def boundaries(self) -> tuple[Boundary, ...]:
         """The cut before each layer (index 0 and the last: the model's ends, where nothing crosses)."""
-        return tuple(_boundary(self.chain, self.memory.size, cut) for cut in range(self.num_layers + 1))
+        return tuple(boundary_at(self.chain, self.memory.size, cut) for cut in range(self.num_layers + 1))
 
     def stage(self, start: int, stop: int) -> StageBytes:
         """The bytes of a stage of layers `start` to `stop`."""
@@ -76,21 +90,20 @@ class StageMemoryTable:
         return self._stages[start, stop]
 
     def _measure(self, start: int, stop: int) -> StageBytes:
-        end, inside = self.boundaries[stop], slice(start, stop)
+        end, inside, begin = self.boundaries[stop], slice(start, stop), self.first_peak[stop] - 1
         sent = [life for life in end.sent if life.made >= start]
         copied = sum(tensor.num_bytes for tensor in end.crossing if tensor.producer >= start and not tensor.contiguous)
-        saved = int(self.alive_backward[stop, stop - 1] - self.alive_backward[start, stop - 1]) + copied
+        saved = int(self.alive_backward[stop, begin] - self.alive_backward[start, begin]) + copied
         saved += sum(life.num_bytes for life in sent if life.freed_in == "forward" or life.freed >= stop)
         held = sum(life.num_bytes for life in sent)
         tied = [group for group in self.chain.tied if holds(group, start, stop)]
-        trained = sum(group.parameter_bytes for group in tied if group.trainable)
-        temporaries = [*self.temporaries[inside], *(group.optimizer_temporary_bytes for group in tied)]
+        temporaries = [*self.temporaries[inside].tolist(), *(group.optimizer_temporary_bytes for group in tied)]
         first, later = self._backward_rise(start, stop, sent)
         return StageBytes(
             parameter_bytes=int(self.parameters[stop] - self.parameters[start]) + sum(t.parameter_bytes for t in tied),
-            gradient_bytes=int(self.trainable[stop] - self.trainable[start]) + trained,
+            gradient_bytes=self._trained_bytes(start, stop),
             optimizer_bytes=int(self.states[stop] - self.states[start]) + sum(t.optimizer_state_bytes for t in tied),
-            optimizer_temporary_bytes=int(sum(temporaries) if self.memory.size.temporaries_add else max(temporaries)),
+            optimizer_temporary_bytes=temporaries_at_once(temporaries, self.memory.size.temporaries_kept),
             boundary_bytes=self.boundary_bytes(start, stop) * self.num_microbatches,
             saved_bytes=saved,
             output_bytes=held if stop == self.num_layers else 0,
@@ -117,18 +130,27 @@ class StageMemoryTable:
     def _backward_rise(self, start: int, stop: int, sent: Sequence[Lifetime]) -> tuple[int, int]:
         """The most that one microbatch has alive in a step's first backward, and in a later one.
 
-        A layer's own peak was measured where the layer may free what it was given. In a stage, receive buffers and
-        sent outputs stay, so their bytes are added where the layer would have freed them. Autograd adds gradients into
-        the storage of the one that came first, but not into a receive buffer: what was made behind the stage and lives
-        on in it is made again there. The gradient of a tied parameter waits from its last layer for that of its first.
+        What is sent stays where a layer would have freed it. What is relayed is copied last of all. The gradient of a
+        tied parameter waits from its last layer for that of its first, and their sum is made anew: autograd does not
+        add in place into a view, and a linear layer's gradient is one.
         """
-        layers = np.arange(start, stop)
-        alive = self.alive_backward[stop, layers] - self.alive_backward[start, layers]
-        alive += self.alive_gradients[-1, layers] - self.alive_gradients[layers + 1, layers]
+        peaks = np.arange(self.first_peak[start], self.first_peak[stop])
+        layers = self.layer_of_peak[peaks]
+        alive = self.alive_backward[stop, peaks] - self.alive_backward[start, peaks]
+        alive += self.alive_gradients[stop, peaks] - self.alive_gradients[layers + 1, peaks]
+        alive += self._copied_gradients(start, stop, layers)
+        for tensor in self.boundaries[stop].crossing:
+            alive[layers == tensor.producer] += tensor.gradient_bytes * tensor.gradient_scattered
         for life in sent:
-            alive[layers <= (life.freed if life.freed_in == "backward" else stop)] += life.num_bytes
-        for freed, num_bytes in self.boundaries[start].received:
-            alive[layers == freed] += num_bytes
+            freed = life.freed_in == "backward" and life.freed < stop
+            alive[peaks < self.last_peak(life) if freed else slice(None)] += life.num_bytes
+        made, waiting = self._parameter_gradients(start, stop, layers)
+        first, later = alive + made + self.backward_first_peak[peaks], alive + waiting + self.backward_peak[peaks]
+        last = self._after_backward(start, stop) + sum(life.num_bytes for life in sent)
+        return max(int(first.max()), last + self._trained_bytes(start, stop)), max(int(later.max()), last)
+
+    def _parameter_gradients(self, start: int, stop: int, layers: Whole) -> tuple[Whole, Whole]:
+        """At the peaks of `layers`: gradients made by layers behind, in the first backward and in a later one."""
         made = self.trainable[stop] - self.trainable[layers + 1]
         waiting = np.zeros_like(made)
         for group in self.chain.tied:
@@ -136,8 +158,40 @@ class StageMemoryTable:
             if users and group.trainable:
                 made[layers < users[-1]] += group.parameter_bytes
                 waiting[(layers >= users[0]) & (layers < users[-1])] += group.parameter_bytes
-        first = alive + made + self.backward_first_peak[start:stop]
-        return int(first.max()), int((alive + waiting + self.backward_peak[start:stop]).max())
+                for summed in (made, waiting):
+                    summed[np.isin(layers, users[:-1])] += group.parameter_bytes
+        return made, waiting
+
+    def _trained_bytes(self, start: int, stop: int) -> int:
+        tied = (group for group in self.chain.tied if group.trainable and holds(group, start, stop))
+        return int(self.trainable[stop] - self.trainable[start]) + sum(group.parameter_bytes for group in tied)
+
+    def _after_backward(self, start: int, stop: int) -> int:
+        """Gradients that go to the stage before, of what is relayed too, when all layers are done."""
+        if start == 0:
+            return 0
+        end, relayed = self.first_peak[start] - 1, self.boundaries[stop].relayed(start)
+        returned = self.alive_gradients[stop, end] - self.alive_gradients[start, end]
+        return int(returned) + sum(tensor.gradient_bytes for tensor in relayed)
+
+    def _copied_gradients(self, start: int, stop: int, layers: Whole) -> Whole:
+        """What gradients that go to the stage before are at the peaks of `layers`, besides being alive as profiled.
+
+        Autograd hands over a gradient that nothing else holds. One that its layers read for other gradients too, or
+        that lies in a receive buffer, it copies, once for every value before the stage, while the readers hold it.
+        """
+        copies = np.zeros_like(layers)
+        for returned in self.boundaries[start].returned:
+            life, given = returned.gradient, returned.given_bytes
+            received = life.made >= stop
+            readers = [layer for layer, _ in life.reads + life.gradient_of * received if start <= layer < stop]
+            if not readers and received:
+                continue  # only relayed
+            counted = 0 if received else life.num_bytes
+            copies[layers <= max(readers, default=life.made)] += max(0, given - counted)
+            if readers:
+                copies[(layers >= min(readers)) & (layers <= max(readers))] += min(given, counted)
+        return copies
 
     def peak(self, start: int, stop: int, index: int, num_stages: int) -> MemoryPoint:
         """The task of stage `index`, of layers `start` to `stop`, that needs most memory."""
@@ -149,47 +203,13 @@ class StageMemoryTable:
         return [self.peak(start, stop, index, len(bounds)) for index, (start, stop) in enumerate(bounds)]
 
 
-@dataclass(frozen=True, slots=True)
-class Boundary:
-    """A cut: the tensors that cross it, their bytes and their gradients' bytes.
-
-    `sent` are the storages that hold them and the model's outputs. `received` are (layer, bytes): what a backward of
-    that layer behind the cut frees of what was made before it.
-    """
-
-    crossing: tuple[ChainTensor, ...]
-    num_bytes: int
-    gradient_bytes: int
-    sent: tuple[Lifetime, ...]
-    received: tuple[tuple[int, int], ...]
-
-
-def _boundary(chain: Chain, size: SizeMemory, cut: int) -> Boundary:
-    tensors = crossing(chain, cut)
-    return Boundary(
-        crossing=tensors,
-        num_bytes=sum(tensor.num_bytes for tensor in tensors),
-        gradient_bytes=sum(tensor.gradient_bytes for tensor in tensors),
-        sent=tuple(life for life in size.lifetimes if life.made < cut <= life.last_reader),
-        received=tuple(
-            (life.freed, life.num_bytes)
-            for life in size.lifetimes
-            if life.made < cut <= life.freed and life.freed_in == "backward"
-        ),
-    )
-
-
 def as_prefix(values: Sequence[int] | Whole) -> Whole:
     """Sums of the values before each, and of all."""
     return np.concatenate([[0], np.cumsum(np.asarray(values, np.int64))])
 
 
-def _freed_up_to(count: int, lives: Sequence[Lifetime | GradientLifetime]) -> Whole:
-    """[b, q]: bytes that layers before b made and that the backward of layers up to q frees."""
-    made = np.zeros((count, count + 1), np.int64)
-    for life in lives:
-        made[life.made, life.freed] += life.num_bytes
-    return _accumulate(np.cumsum(made, axis=1))
+def _last_first(peaks: Sequence[Sequence[int]]) -> Whole:
+    return np.array([peak for layer in peaks for peak in reversed(layer)], np.int64)
 
 
 def _accumulate(rows: Whole) -> Whole:

@@ -21,8 +21,8 @@ from planner.files.profile_file import (
 )
 from planner.profiling.boundary import NO_COST, BoundaryCost
 from planner.profiling.counting import Work
-from planner.profiling.memory import StepMemory, layer_memory
 from planner.profiling.optimizer_memory import OptimizerMemory
+from planner.profiling.step_memory import StepMemory, layer_memory
 from planner.profiling.timing import LayerSamples, Microbatch, summarise
 from planner.tracing.exporting import Trace
 from planner.tracing.gradients import attribute
@@ -54,7 +54,7 @@ class LayerCosts:
     times: Sequence[LayerTimes]
     optimizer_ms: Sequence[float]
     optimizer: Sequence[OptimizerMemory]
-    temporaries_add: bool
+    temporaries_kept: float
     step: StepMemory
     boundary: BoundaryCost = NO_COST
     drift: float = 0.0
@@ -128,7 +128,9 @@ def size_profile(
         fingerprint=trace.fingerprint,
         layers=_layer_profiles(trace, pieces, costs, works),
         tensors=tuple(
-            TensorProfile(t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes, t.contiguous)
+            TensorProfile(
+                t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes, t.contiguous, t.name in step.scattered
+            )
             for t in trace.tensors
         ),
         tied=_tied_profiles(trace, costs),
@@ -138,7 +140,7 @@ def size_profile(
             gradients=step.gradients,
             input_bytes=_tensor_bytes(microbatch.inputs),
             target_bytes=_tensor_bytes(microbatch.targets),
-            temporaries_add=costs.temporaries_add,
+            temporaries_kept=costs.temporaries_kept,
         ),
         dependencies=dependencies,
         periods=costs.periods,

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from planner.machine.device import Device
+from planner.machine.phase_bytes import PhaseBytes
 
 Pass = Literal["forward", "backward"]
 
@@ -27,27 +28,36 @@ class Phase:
 
 @dataclass(slots=True)
 class Storage:
+    """Bytes with the phase that made them and the one that freed them, there after `freed_after` other freeings.
+
+    `gradient_of` are the values whose gradient lies in them: bytes by maker. `reads` are the parts of them from
+    which a layer's backward computes something else: begin and bytes, by layer.
+    """
+
     num_bytes: int
     born: Phase | None
     freed: Phase | None = None
     last_reader: int = -1
+    freed_after: int = 0
+    gradient_of: dict[int, int] = field(default_factory=dict)
+    reads: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
 class LiveStorages(TorchDispatchMode):
-    """Every storage that is made while the mode is on: its bytes, the phase it was made in and the one it died in.
+    """Every storage that is made while the mode is on, with the phases it was made and freed in; bytes by phase.
 
-    `rising` is, by phase, the largest number of live bytes above what was alive when the phase began.
+    `scattered` are the names of values whose gradient did not lie in one piece.
+    Where autograd would add a gradient into the storage of another, it makes a new one under the mode, which sees both.
     """
 
     block_bytes: int = 1
     phase: Phase | None = None
-    live_bytes: int = 0
     storages: list[Storage] = field(default_factory=list)
-    rising: dict[Phase, int] = field(default_factory=dict)
+    phases: dict[Phase, PhaseBytes] = field(default_factory=dict)
+    scattered: set[str] = field(default_factory=set)
     _by_key: dict[int, Storage] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
-    _at_start: int = 0
 
     def __post_init__(self) -> None:
         TorchDispatchMode.__init__(self)
@@ -58,20 +68,43 @@ class LiveStorages(TorchDispatchMode):
 
     def enter(self, phase: Phase) -> None:
         """What follows belongs to `phase`."""
-        self.phase, self._at_start = phase, self.live_bytes
-        self.rising.setdefault(phase, 0)
+        self.phase = phase
+        self.phases.setdefault(phase, PhaseBytes())
 
     def find(self, tensor: torch.Tensor) -> Storage | None:
         """The storage of `tensor` where it was made under the mode and is alive."""
         return self._by_key.get(_key(tensor))
 
+    @property
+    def live_bytes(self) -> int:
+        """What was made and is alive."""
+        return sum(storage.num_bytes for storage in self._by_key.values())
+
+    def note_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
+        """The gradient of the value `name`, which `layer` made, is complete."""
+        storage = self.find(gradient)
+        if storage is not None:
+            storage.gradient_of[layer] = gradient.nbytes
+        if not gradient.is_contiguous():
+            self.scattered.add(name)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self._track(value)
+        made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        for value in made:
+            self._track(value)
+        if self.phase is not None and self.phase.direction == "backward":
+            self._note_reading([*args, *(kwargs or {}).values()], {_key(value) for value in made}, self.phase.layer)
         return result
+
+    def _note_reading(self, arguments: Sequence[Any], made: set[int], layer: int) -> None:
+        """What the operation reads and does not hand on as a view."""
+        for value in tree_leaves(arguments):
+            if isinstance(value, torch.Tensor) and _key(value) not in made:
+                storage = self.find(value)
+                if storage is not None:
+                    storage.reads.setdefault(layer, set()).add((int(value.storage_offset()), value.nbytes))
 
     def _track(self, tensor: torch.Tensor) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)
@@ -80,15 +113,17 @@ class LiveStorages(TorchDispatchMode):
         record = Storage(-(-storage.nbytes() // self.block_bytes) * self.block_bytes, self.phase)
         self._by_key[key] = record
         self.storages.append(record)
-        self.live_bytes += record.num_bytes
         if self.phase is not None:
-            self.rising[self.phase] = max(self.rising[self.phase], self.live_bytes - self._at_start)
+            self.phases[self.phase].make(record.num_bytes)
         weakref.finalize(storage, self._free, key)
 
     def _free(self, key: int) -> None:
         record = self._by_key.pop(key)
         record.freed = self.phase
-        self.live_bytes -= record.num_bytes
+        if self.phase is not None and record.born == self.phase:
+            self.phases[self.phase].free_own(record.num_bytes)
+        elif self.phase is not None and record.num_bytes:
+            record.freed_after = self.phases[self.phase].free_other(record.num_bytes)
 
 
 def _key(tensor: torch.Tensor) -> int:
@@ -103,6 +138,9 @@ class Marks(Protocol):
 
     def find(self, tensor: torch.Tensor) -> Storage | None:
         """The record of a tensor's storage, where there is one."""
+
+    def note_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
+        """The gradient of a value is complete."""
 
 
 MARK = "evenstage layer "
@@ -122,6 +160,9 @@ class EventMarks:
     def find(self, _: torch.Tensor) -> None:
         return None
 
+    def note_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
+        """Nothing is kept."""
+
 
 class AllocatorMarks:
     """Asks a GPU's allocator for its peak whenever a phase ends."""
@@ -131,6 +172,7 @@ class AllocatorMarks:
         self.rising: dict[Phase, int] = {}
 
     def enter(self, phase: Phase) -> None:
+        """What follows belongs to `phase`."""
         peak = (self.device.peak_memory_bytes() or 0) - self.start
         self.rising[self.phase] = max(self.rising.get(self.phase, 0), peak)
         self.device.reset_peak_memory()
@@ -138,3 +180,6 @@ class AllocatorMarks:
 
     def find(self, _: torch.Tensor) -> None:
         return None
+
+    def note_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
+        """Nothing is kept."""

@@ -2,17 +2,16 @@
 
 One step of two microbatches runs under a dispatch mode that sees every storage being made and freed. What outlives the
 layer that made it is kept as a *lifetime* (made in layer a, last needed in layer b), so that any stage can be put
-together from layers exactly; what rises inside a layer is kept as a peak. The mode does not see what an operation takes
-and gives back inside itself (a convolution's buffers, workspaces): a second step is watched at the allocator, and the
-larger peak of the two counts.
+together from layers exactly; what a layer has alive of its own is kept as peaks, apart from what it is given and frees,
+for a stage may have to keep that. The mode does not see what an operation takes and gives back inside itself (a
+convolution's buffers, workspaces): a second step is watched at the allocator, and the larger peaks of the two count.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,27 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from planner.errors import ProfileError
-from planner.files.profile_file import GradientLifetime, LayerMemory, Lifetime
 from planner.machine.device import Device
-from planner.machine.memory_events import memory_events, rising_by_mark
+from planner.machine.memory_events import bytes_by_mark, memory_events
+from planner.machine.phase_bytes import PhaseBytes
 from planner.profiling.first_seen import first_seen
-from planner.profiling.live_storages import MARK, AllocatorMarks, EventMarks, LiveStorages, Marks, Pass, Phase, Storage
-from planner.profiling.optimizer_memory import OptimizerMemory
+from planner.profiling.live_storages import MARK, AllocatorMarks, EventMarks, LiveStorages, Marks, Phase
+from planner.profiling.step_memory import StepMemory, summarise_step
 from planner.profiling.timing import Microbatch, clear_gradients
 from planner.tracing.crossing import copies_to_send
-from planner.tracing.gradients import attribute
 from planner.tracing.pieces import OutputValue, Piece, Pieces
-
-
-@dataclass(frozen=True, slots=True)
-class StepMemory:
-    """What one step showed: peaks by layer for the first and for later microbatches, and what outlives its layer."""
-
-    forward_peak_bytes: tuple[int, ...]
-    backward_peak_bytes: tuple[int, ...]
-    backward_first_peak_bytes: tuple[int, ...]
-    lifetimes: tuple[Lifetime, ...]
-    gradients: tuple[GradientLifetime, ...]
 
 
 def track_step(
@@ -51,15 +38,14 @@ def track_step(
 ) -> StepMemory:
     """Run one GPipe step of two microbatches, the first with gradients None, and follow every storage.
 
-    The layers of a later microbatch are what is reported; only `backward_first_peak_bytes` is the first one's.
+    The layers of a later microbatch are what is reported; only `backward_first_peaks_bytes` are the first one's.
     """
     both = [microbatches[0], microbatches[-1]]
     with _untied(pieces):
         live = LiveStorages(device.block_bytes)
-        rising = _track(live, pieces, both, loss_fn)
-        for phase, seen in _watch_allocator(pieces, both, loss_fn, device).items():
-            rising[phase] = max(rising.get(phase, 0), seen)
-        return _summary(live.storages, rising, len(pieces.pieces))
+        _track(live, pieces, both, loss_fn)
+        peaks = _with_allocator(live.phases, pieces, both, loss_fn, device)
+        return summarise_step(live, peaks, len(pieces.pieces))
 
 
 def track_fake_step(
@@ -77,14 +63,15 @@ def track_fake_step(
     live = LiveStorages(block_bytes)
     try:
         with mode, _untied(pieces):
-            rising = _track(live, pieces, both, loss_fn)
+            _track(live, pieces, both, loss_fn)
     except Exception as error:
         raise ProfileError(
             f"the memory of the layers cannot be found without values: {type(error).__name__}: {error}".splitlines()[0],
             "with --meta, forward and loss_fn are run once on tensors without values",
             "take .item(), .tolist() and choices by value out of loss_fn, or plan without --meta",
         ) from error
-    return _summary(live.storages, rising, len(pieces.pieces))
+    peaks = {phase: found.peaks for phase, found in live.phases.items()}
+    return summarise_step(live, peaks, len(pieces.pieces))
 
 
 def fake_mode_of(pieces: Pieces) -> FakeTensorMode:
@@ -131,14 +118,13 @@ def _untied(pieces: Pieces) -> Iterator[None]:
 
 def _track(
     live: LiveStorages, pieces: Pieces, both: Sequence[Microbatch], loss_fn: Callable[[Any, Any], torch.Tensor]
-) -> dict[Phase, int]:
-    """Follow a step's storages in `live`; how far the bytes rose, by phase."""
+) -> None:
+    """Follow a step's storages in `live`."""
     for piece in pieces.pieces:
         live.know([*piece.module.parameters(), *piece.module.buffers()])
     live.know([leaf for microbatch in both for leaf in tree_leaves((microbatch.inputs, microbatch.targets))])
     with live:
         _run_step(live, pieces, both, loss_fn)
-    return dict(live.rising)
 
 
 def _run_step(
@@ -157,18 +143,23 @@ def _run_step(
     clear_gradients(pieces)
 
 
-def _watch_allocator(
-    pieces: Pieces, both: Sequence[Microbatch], loss_fn: Callable[[Any, Any], torch.Tensor], device: Device
-) -> dict[Phase, int]:
-    """By phase, how far the allocator's bytes rose, operations' own buffers included."""
+def _with_allocator(
+    tracked: Mapping[Phase, PhaseBytes],
+    pieces: Pieces,
+    both: Sequence[Microbatch],
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    device: Device,
+) -> dict[Phase, list[int]]:
+    """The peaks by phase, raised to what a step takes from the allocator, operations' own buffers included."""
     if device.clock == "cuda-event":
         allocator = AllocatorMarks(device)
         _run_step(allocator, pieces, both, loss_fn)
         allocator.enter(Phase(-1, "forward", -1))
-        return allocator.rising
+        return {phase: found.raised_to(allocator.rising.get(phase, 0)) for phase, found in tracked.items()}
     marks = EventMarks()
-    rising = rising_by_mark(memory_events(lambda: _run_step(marks, pieces, both, loss_fn)), MARK)
-    return {marks.phases[int(number)]: num_bytes for number, num_bytes in rising.items()}
+    by_number = bytes_by_mark(memory_events(lambda: _run_step(marks, pieces, both, loss_fn)), MARK, device.block_bytes)
+    seen = {marks.phases[int(number)]: phase for number, phase in by_number.items()}
+    return {phase: found.raised_to_those_of(seen.get(phase, PhaseBytes())) for phase, found in tracked.items()}
 
 
 def _forward(
@@ -194,7 +185,8 @@ def _forward(
                 loss = loss_fn(pieces.rebuild_output(values), microbatch.targets)
             for name in piece.released:
                 del values[name]
-            _announce_backward(marks, Phase(number, "backward", index), made, entered)
+            named = zip(piece.outputs, made, strict=True)
+            _announce_backward(marks, Phase(number, "backward", index), named, entered)
             del made
     return loss
 
@@ -210,74 +202,15 @@ def _note_readers(marks: Marks, piece: Piece, made: Sequence[Any], readers: dict
             storage.last_reader = max(storage.last_reader, last)
 
 
-def _announce_backward(marks: Marks, phase: Phase, made: Sequence[Any], entered: set[int]) -> None:
-    """Enter `phase` when backward first reaches something that the layer made."""
+def _announce_backward(marks: Marks, phase: Phase, made: Iterable[tuple[str, Any]], entered: set[int]) -> None:
+    """Enter `phase` when backward first reaches something that the layer made, and note its gradients."""
 
-    def enter(_: torch.Tensor) -> None:
+    def enter(name: str, gradient: torch.Tensor) -> None:
+        marks.note_gradient(name, phase.layer, gradient)
         if phase.layer not in entered:
             entered.add(phase.layer)
             marks.enter(phase)
 
-    for value in made:
+    for name, value in made:
         if first_seen(value, entered) and value.requires_grad:
-            value.register_hook(enter)
-
-
-def _summary(storages: Sequence[Storage], rising: dict[Phase, int], num_layers: int) -> StepMemory:
-    def peaks(microbatch: int, direction: Pass) -> tuple[int, ...]:
-        return tuple(rising.get(Phase(microbatch, direction, layer), 0) for layer in range(num_layers))
-
-    kept: Counter[tuple[int, int, Pass, int]] = Counter()
-    gradients: Counter[tuple[int, int]] = Counter()
-    for storage in storages:
-        born, freed = storage.born, storage.freed
-        if born is None or freed is None or born.microbatch != 1:
-            continue
-        if freed == born and storage.last_reader <= born.layer:
-            continue
-        if born.direction == "forward":
-            kept[born.layer, storage.last_reader, freed.direction, freed.layer] += storage.num_bytes
-        else:
-            gradients[born.layer, freed.layer] += storage.num_bytes
-    return StepMemory(
-        peaks(1, "forward"),
-        peaks(1, "backward"),
-        peaks(0, "backward"),
-        tuple(Lifetime(a, b, direction, d, n) for (a, b, direction, d), n in sorted(kept.items())),
-        tuple(GradientLifetime(a, b, n) for (a, b), n in sorted(gradients.items())),
-    )
-
-
-def layer_memory(
-    pieces: Pieces, step: StepMemory, optimizer: Sequence[OptimizerMemory], tied: Sequence[str]
-) -> tuple[LayerMemory, ...]:
-    """The memory of every layer; parameters in `tied` are left to the tied groups."""
-    saved = Counter[int]()
-    for lifetime in step.lifetimes:
-        if lifetime.freed_in == "backward":
-            saved[lifetime.made] += lifetime.num_bytes
-    layers = []
-    for index, piece in enumerate(pieces.pieces):
-        own = dict(piece.module.named_parameters())
-        trainable = [p for name, p in own.items() if name not in tied and p.requires_grad]
-        layers.append(
-            LayerMemory(
-                forward_peak_bytes=step.forward_peak_bytes[index],
-                saved_bytes=saved[index],
-                backward_peak_bytes=step.backward_peak_bytes[index],
-                backward_first_peak_bytes=step.backward_first_peak_bytes[index],
-                trainable_bytes=sum(p.numel() * p.element_size() for p in trainable),
-                buffer_bytes=_buffer_bytes(piece),
-                optimizer_state_bytes=optimizer[index].state_bytes,
-                optimizer_temporary_bytes=optimizer[index].temporary_bytes,
-            )
-        )
-    return tuple(layers)
-
-
-def _buffer_bytes(piece: Piece) -> int:
-    """Bytes of what a layer reads and does not train: buffers, and constants that forward names."""
-    names = {str(node.target) for node in piece.module.graph.nodes if node.op == "get_attr"}
-    values = [attribute(piece.module, name) for name in names]
-    tensors = [v for v in values if isinstance(v, torch.Tensor) and not isinstance(v, torch.nn.Parameter)]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+            value.register_hook(partial(enter, name))

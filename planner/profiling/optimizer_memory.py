@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from planner.files.profile_file import temporaries_at_once
 from planner.profiling.live_storages import LiveStorages, Phase
 
 SAMPLE = 64
@@ -24,32 +25,45 @@ def track_optimizer(
     groups: Sequence[Sequence[torch.nn.Parameter]],
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     block_bytes: int = 1,
-) -> tuple[list[OptimizerMemory], bool]:
-    """The optimizer's memory for every group, and whether temporaries of groups add up (else the largest counts)."""
+) -> tuple[list[OptimizerMemory], float]:
+    """The optimizer's memory for every group, and how much of one group's temporaries the next one's find alive.
+
+    That is a fraction: 1 where the temporaries of all groups exist at once, less where the optimizer goes from
+    parameter to parameter. A plain AdamW on a CPU then still has the denominator of the parameter before, half of its
+    temporaries.
+    """
+    device = next((parameter.device for group in groups for parameter in group), torch.device("cpu"))
     found = [_one_optimizer(list(group), make_optimizer, block_bytes) for group in groups]
-    largest = max((memory.temporary_bytes for memory in found), default=0)
-    everything = _one_optimizer([p for group in groups for p in group], make_optimizer, block_bytes)
-    return found, everything.temporary_bytes > 1.05 * largest
+    return found, _sampled(make_optimizer, device)[1]
 
 
 def track_optimizer_by_sample(
     groups: Sequence[Sequence[torch.nn.Parameter]],
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
-) -> tuple[list[OptimizerMemory], bool]:
-    """`track_optimizer` for parameters without values: in proportion to what two small real ones need.
+    device: torch.device,
+) -> tuple[list[OptimizerMemory], float]:
+    """`track_optimizer` for parameters without values: in proportion to what a small real one on `device` needs.
 
     What does not grow with the parameters' bytes (factored states) is over-estimated.
     """
-    sample = [[torch.nn.Parameter(torch.zeros(SAMPLE, SAMPLE))] for _ in range(2)]
-    found, add = track_optimizer(sample, make_optimizer)
-    num_bytes = SAMPLE * SAMPLE * 4
-    state, temporary = found[0].state_bytes / num_bytes, found[0].temporary_bytes / num_bytes
+    (state, temporary), kept = _sampled(make_optimizer, device)
     memory = []
     for group in groups:
         sizes = [parameter.numel() * parameter.element_size() for parameter in group]
-        most = sum(sizes) if add else max(sizes, default=0)
-        memory.append(OptimizerMemory(int(state * sum(sizes)) + 1, int(temporary * most) + 1))
-    return memory, add
+        temporaries = int(temporary * temporaries_at_once(sizes, kept)) + 1
+        memory.append(OptimizerMemory(int(state * sum(sizes)) + 1, temporaries))
+    return memory, kept
+
+
+def _sampled(
+    make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], device: torch.device
+) -> tuple[tuple[float, float], float]:
+    """State and temporaries, both per byte of a parameter, and the fraction of `track_optimizer`."""
+    sample = [torch.nn.Parameter(torch.zeros(SAMPLE, SAMPLE, device=device)) for _ in range(2)]
+    one, two = (_one_optimizer(sample[:count], make_optimizer, 1) for count in (1, 2))
+    num_bytes = SAMPLE * SAMPLE * 4
+    kept = (two.temporary_bytes - one.temporary_bytes) / max(1, one.temporary_bytes)
+    return (one.state_bytes / num_bytes, one.temporary_bytes / num_bytes), min(1.0, max(0.0, kept))
 
 
 def _one_optimizer(
@@ -74,4 +88,4 @@ def _one_optimizer(
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
             parameter.grad = None
-    return OptimizerMemory(state, live.rising[Phase(1, "forward", 0)])
+    return OptimizerMemory(state, live.phases[Phase(1, "forward", 0)].rise_bytes)

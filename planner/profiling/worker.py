@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from planner.machine.device import Device
     from planner.profiling.assembling import LayerCosts
     from planner.profiling.boundary import BoundaryCost
-    from planner.profiling.memory import StepMemory
     from planner.profiling.opening import Opening
     from planner.profiling.optimizer_memory import OptimizerMemory
     from planner.profiling.profiler import ProfileRequest
+    from planner.profiling.step_memory import StepMemory
     from planner.profiling.timing import LayerSamples, Microbatch
     from planner.tracing.exporting import Trace
     from planner.tracing.loading import ModelSource
@@ -211,7 +211,7 @@ def _measure_piecewise(
     step, memory = on_first_copy(
         lambda: (
             track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes),
-            track_optimizer_by_sample(groups, source.make_optimizer),
+            track_optimizer_by_sample(groups, source.make_optimizer, device.torch_device),
         )
     )
     boundary = measure_boundary(device)  # type: ignore[arg-type]  # mypy does not take a Protocol for hashable
@@ -223,7 +223,7 @@ def _costs(
     boundary: BoundaryCost,
     optimizer_ms: list[float],
     step: StepMemory,
-    optimizer: tuple[list[OptimizerMemory], bool],
+    optimizer: tuple[list[OptimizerMemory], float],
     num_rounds: int,
 ) -> LayerCosts:
     from planner.profiling.assembling import LayerCosts, measured_times
