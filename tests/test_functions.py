@@ -157,6 +157,12 @@ class Hooked(Reversing):
         return self.b(x)
 
 
+def test_sparse_gradients_are_refused():
+    model = nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Linear(4, 4))
+    with pytest.raises(TraceError, match="0 makes sparse gradients"):
+        trace_model(model, (torch.zeros(2, dtype=torch.long),), {})
+
+
 def test_hooks_on_gradients_are_refused_where_they_are_registered():
     with pytest.raises(TraceError) as caught:
         trace_model(Hooked(), (torch.ones(2, 3),), {})

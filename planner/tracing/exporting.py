@@ -22,7 +22,14 @@ from planner.tracing.explaining import explain_export, quiet_export
 from planner.tracing.functions import function_calls, keep_functions, refuse_module_hooks, refuse_tied_hooks
 from planner.tracing.gradients import attribute, needs_gradient
 from planner.tracing.precision import AS_TRACED, autocast, describe_inside_autocast
-from planner.tracing.refusing import is_static, refuse_counters, refuse_outputs, refuse_shared_inputs, watch_numbers
+from planner.tracing.refusing import (
+    is_static,
+    refuse_counters,
+    refuse_outputs,
+    refuse_shared_inputs,
+    refuse_sparse_gradients,
+    watch_numbers,
+)
 from planner.tracing.rewriting import canonical_names, compute_nodes, has_cut_marks, prepare, tensor_inputs
 from planner.tracing.state import storages, writes
 from planner.tracing.writes import separate_writes
@@ -86,6 +93,7 @@ class Trace:
 def export_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The exported graph of `model` as `pipeline()` would get it. Raises TraceError with the line to blame."""
     refuse_module_hooks(model)
+    refuse_sparse_gradients(model)
     with watch_numbers(model) as changes:
         module = _export(model, args, kwargs)
     if changes:

@@ -96,6 +96,17 @@ def refuse_shared_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict
             )
 
 
+def refuse_sparse_gradients(model: nn.Module) -> None:
+    """Raise TraceError where an embedding of `model` makes gradients that list their rows."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise TraceError(
+                f"{name or type(model).__name__} makes sparse gradients",
+                "gradients are dense: their norm, their sum over stages and their memory are those of tensors",
+                "build the embedding with sparse=False",
+            )
+
+
 @contextlib.contextmanager
 def watch_numbers(model: nn.Module) -> Iterator[list[NumberChange]]:
     """The changes that forward makes to numbers of its modules while the block runs."""
