@@ -30,9 +30,7 @@ def random_memory(source: random.Random, num_layers: int) -> ChainMemory:
             gradients.append(GradientLifetime(made, freed, source.randint(1, 40), after, given, reads))
     return ChainMemory(
         layers,
-        SizeMemory(
-            tuple(lives), tuple(gradients), source.randint(0, 9), source.randint(0, 9), source.choice([0.0, 0.5, 1.0])
-        ),
+        SizeMemory(tuple(lives), tuple(gradients), source.randint(0, 9), source.randint(0, 9), source.random() < 0.5),
     )
 
 
@@ -42,6 +40,7 @@ def _layer(source: random.Random) -> LayerMemory:
     return LayerMemory(source.randint(0, 90), source.randint(0, 90), later, first, *_rest(source))
 
 
-def _rest(source: random.Random) -> tuple[int, int, int, int]:
+def _rest(source: random.Random) -> tuple[int, int, int, int, int, str]:
     trainable = source.choice([0, source.randint(1, 200)])
-    return trainable, source.randint(0, 10), 2 * trainable, source.randint(0, trainable)
+    left = source.randint(0, 90), f"layers.{source.randint(0, 8)}"
+    return trainable, source.randint(0, 10), 2 * trainable, source.randint(0, trainable), *left

@@ -128,7 +128,7 @@ def test_counts_take_turns(monkeypatch: pytest.MonkeyPatch):
         return make_measurement_value(plan, times)
 
     monkeypatch.setattr(microbatches, "run", runs)
-    found = microbatches.rehearsed_ms(plans, 2, 3)
+    found = microbatches.steps_ms(plans, 2, 3, rehearse=True)
     assert order == [*plans, *plans]
     assert {len(values) for values in found.values()} == {2}
 

@@ -5,9 +5,7 @@ Schema `evenstage/profile/1`. Times are medians per microbatch in milliseconds; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +14,6 @@ from planner.files.reading import decode, dump_json, read_json, write_text
 
 SCHEMA = "evenstage/profile/1"
 Granularity = Literal["module", "operation", "auto"]
-ALL_AT_ONCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,9 @@ class LayerMemory:
     `saved_bytes` stay alive from its forward to a backward. A backward frees what forwards, and layers behind, made;
     so it has a peak before every such freeing that a higher one follows, and one after all of them:
     `backward_first_peaks_bytes` where the layer's gradients are made, `backward_peaks_bytes` where they are added to.
-    `trainable_bytes` are the parameters that get a gradient; tied ones are in `SizeProfile.tied`.
+    `trainable_bytes` are the parameters that get a gradient; tied ones are in `SizeProfile.tied`. The optimizer's
+    temporaries are larger by `optimizer_left_bytes` in a stage that also holds the layer `optimizer_left_by`, whose
+    parameters it updates just before.
     """
 
     forward_peak_bytes: int
@@ -80,6 +79,8 @@ class LayerMemory:
     buffer_bytes: int
     optimizer_state_bytes: int
     optimizer_temporary_bytes: int
+    optimizer_left_bytes: int = 0
+    optimizer_left_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,27 +122,14 @@ class GradientLifetime:
 class SizeMemory:
     """What outlives its layer at one microbatch size, the bytes of a microbatch's inputs and of its targets.
 
-    `temporaries_kept` is the fraction of one layer's temporaries of the optimizer that the next layer's find alive: 1
-    where those of all layers exist at once.
+    `temporaries_add`: the optimizer's temporaries of several layers exist at once; else one layer's at a time.
     """
 
     lifetimes: tuple[Lifetime, ...]
     gradients: tuple[GradientLifetime, ...]
     input_bytes: int
     target_bytes: int
-    temporaries_kept: float
-
-
-def temporaries_at_once(temporaries: Sequence[int], kept: float) -> int:
-    """The most bytes of temporaries at once; `kept` is that of `SizeMemory`, and any of them may come before another.
-
-    >>> temporaries_at_once([8, 2, 6], 0.5), temporaries_at_once([8, 2, 6], 1.0), temporaries_at_once([], 0.5)
-    (11, 16, 0)
-    """
-    if kept > ALL_AT_ONCE:
-        return sum(temporaries)
-    *_, second, largest = 0, 0, *sorted(temporaries)
-    return largest + ceil(kept * second)
+    temporaries_add: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +188,8 @@ class TiedProfile:
     trainable: bool = True
     optimizer_state_bytes: int = 0
     optimizer_temporary_bytes: int = 0
+    optimizer_left_bytes: int = 0
+    optimizer_left_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

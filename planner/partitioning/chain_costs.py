@@ -58,6 +58,8 @@ class ChainTied:
     trainable: bool = True
     optimizer_state_bytes: int = 0
     optimizer_temporary_bytes: int = 0
+    optimizer_left_bytes: int = 0
+    optimizer_left_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

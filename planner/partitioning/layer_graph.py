@@ -69,6 +69,8 @@ def build_layer_graph(size: SizeProfile, link: LinkCost = FREE) -> nx.DiGraph:
                 "trainable": tied.trainable,
                 "optimizer_state_bytes": tied.optimizer_state_bytes,
                 "optimizer_temporary_bytes": tied.optimizer_temporary_bytes,
+                "optimizer_left_bytes": tied.optimizer_left_bytes,
+                "optimizer_left_by": tied.optimizer_left_by,
             }
         )
     return graph
@@ -165,6 +167,8 @@ def _chain_tied(tied: dict[str, Any], order: dict[Any, int]) -> ChainTied:
         trainable=bool(tied.get("trainable", True)),
         optimizer_state_bytes=int(tied.get("optimizer_state_bytes") or 0),
         optimizer_temporary_bytes=int(tied.get("optimizer_temporary_bytes") or 0),
+        optimizer_left_bytes=int(tied.get("optimizer_left_bytes") or 0),
+        optimizer_left_by=str(tied.get("optimizer_left_by") or ""),
     )
 
 

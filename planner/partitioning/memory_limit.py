@@ -86,12 +86,12 @@ class FittingStages:
         across = each[:, :1] + (returning - returning[1])[None, :]
         across[:, -1] = each[:, 1]
         static = _between(table.parameters) + _between(table.states) + m * across + table.reserved_bytes
-        trained, temporaries = _between(table.trainable), _between(as_prefix(table.temporaries))
+        trained, temporaries = _between(table.trainable), _between(as_prefix(table.most_temporaries))
         for group in table.chain.tied:
             held = self._holding(group.layers)
             static = static + held * (group.parameter_bytes + group.optimizer_state_bytes)
             trained = trained + held * (group.parameter_bytes if group.trainable else 0)
-            temporaries = temporaries + held * group.optimizer_temporary_bytes
+            temporaries = temporaries + held * (group.optimizer_temporary_bytes + group.optimizer_left_bytes)
         tied = 2 * sum(group.parameter_bytes for group in table.chain.tied if group.trainable)
         returned = (m + 1) * returning
         returned += [sum(gradient.given_bytes for gradient in b.returned) for b in ends]

@@ -17,9 +17,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from planner.files.profile_file import GradientLifetime, Lifetime, temporaries_at_once
+from planner.files.profile_file import GradientLifetime, LayerMemory, Lifetime
 from planner.partitioning.boundary_memory import Boundary, boundary_at
-from planner.partitioning.chain_costs import Chain, holds
+from planner.partitioning.chain_costs import Chain, ChainTied, holds
 from planner.scheduling.memory_timeline import MemoryPoint, StageBytes, peak_memory
 
 Whole = npt.NDArray[np.int64]
@@ -39,7 +39,9 @@ class StageMemoryTable:
         )
         self.trainable = as_prefix([m.trainable_bytes for m in layers])
         self.states = as_prefix([m.optimizer_state_bytes for m in layers])
-        self.temporaries = np.array([m.optimizer_temporary_bytes for m in layers], np.int64)
+        self.most_temporaries = np.array(
+            [m.optimizer_temporary_bytes + m.optimizer_left_bytes for m in layers], np.int64
+        )
         self.forward_peak = np.array([m.forward_peak_bytes for m in layers], np.int64)
         self.backward_peak = _last_first([m.backward_peaks_bytes for m in layers])
         self.backward_first_peak = _last_first([m.backward_first_peaks_bytes for m in layers])
@@ -90,20 +92,19 @@ class StageMemoryTable:
         return self._stages[start, stop]
 
     def _measure(self, start: int, stop: int) -> StageBytes:
-        end, inside, begin = self.boundaries[stop], slice(start, stop), self.first_peak[stop] - 1
+        end, begin = self.boundaries[stop], self.first_peak[stop] - 1
         sent = [life for life in end.sent if life.made >= start]
         copied = sum(tensor.num_bytes for tensor in end.crossing if tensor.producer >= start and not tensor.contiguous)
         saved = int(self.alive_backward[stop, begin] - self.alive_backward[start, begin]) + copied
         saved += sum(life.num_bytes for life in sent if life.freed_in == "forward" or life.freed >= stop)
         held = sum(life.num_bytes for life in sent)
         tied = [group for group in self.chain.tied if holds(group, start, stop)]
-        temporaries = [*self.temporaries[inside].tolist(), *(group.optimizer_temporary_bytes for group in tied)]
         first, later = self._backward_rise(start, stop, sent)
         return StageBytes(
             parameter_bytes=int(self.parameters[stop] - self.parameters[start]) + sum(t.parameter_bytes for t in tied),
             gradient_bytes=self._trained_bytes(start, stop),
             optimizer_bytes=int(self.states[stop] - self.states[start]) + sum(t.optimizer_state_bytes for t in tied),
-            optimizer_temporary_bytes=temporaries_at_once(temporaries, self.memory.size.temporaries_kept),
+            optimizer_temporary_bytes=self._optimizer_temporaries(start, stop),
             boundary_bytes=self.boundary_bytes(start, stop) * self.num_microbatches,
             saved_bytes=saved,
             output_bytes=held if stop == self.num_layers else 0,
@@ -114,6 +115,15 @@ class StageMemoryTable:
             sent_activation_bytes=0 if stop == self.num_layers else copied + held,
             reserved_bytes=self.reserved_bytes,
         )
+
+    def _optimizer_temporaries(self, start: int, stop: int) -> int:
+        ids = set(self.chain.ids[start:stop])
+        tied = (group for group in self.chain.tied if holds(group, start, stop))
+        owners: list[LayerMemory | ChainTied] = [*self.memory.layers[start:stop], *tied]
+        temporaries = [
+            own.optimizer_temporary_bytes + own.optimizer_left_bytes * (own.optimizer_left_by in ids) for own in owners
+        ]
+        return sum(temporaries) if self.memory.size.temporaries_add else max(temporaries)
 
     def boundary_bytes(self, start: int, stop: int) -> int:
         """Of one microbatch: receive buffers of activations and of gradients, and the batch where it is read."""

@@ -22,7 +22,7 @@ from planner.files.profile_file import (
 from planner.profiling.boundary import NO_COST, BoundaryCost
 from planner.profiling.counting import Work
 from planner.profiling.optimizer_memory import OptimizerMemory
-from planner.profiling.step_memory import StepMemory, layer_memory
+from planner.profiling.step_memory import StepMemory, group_name, layer_memory
 from planner.profiling.timing import LayerSamples, Microbatch, summarise
 from planner.tracing.exporting import Trace
 from planner.tracing.gradients import attribute
@@ -54,7 +54,7 @@ class LayerCosts:
     times: Sequence[LayerTimes]
     optimizer_ms: Sequence[float]
     optimizer: Sequence[OptimizerMemory]
-    temporaries_kept: float
+    temporaries_add: bool
     step: StepMemory
     boundary: BoundaryCost = NO_COST
     drift: float = 0.0
@@ -140,7 +140,7 @@ def size_profile(
             gradients=step.gradients,
             input_bytes=_tensor_bytes(microbatch.inputs),
             target_bytes=_tensor_bytes(microbatch.targets),
-            temporaries_kept=costs.temporaries_kept,
+            temporaries_add=costs.temporaries_add,
         ),
         dependencies=dependencies,
         periods=costs.periods,
@@ -187,7 +187,8 @@ def _tied_profiles(trace: Trace, costs: LayerCosts) -> tuple[TiedProfile, ...]:
         parameter = attribute(trace.graph_module, name)
         size = parameter.numel() * parameter.element_size()
         trained = bool(parameter.requires_grad)
-        found.append(TiedProfile(name, layers, size, optimizer_ms, trained, own.state_bytes, own.temporary_bytes))
+        memory = own.state_bytes, own.temporary_bytes, own.left_bytes, group_name(trace, own.left_by)
+        found.append(TiedProfile(name, layers, size, optimizer_ms, trained, *memory))
     return tuple(found)
 
 

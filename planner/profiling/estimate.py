@@ -102,7 +102,8 @@ def _estimate_size(
     groups = optimizer_groups(trace, pieces)
     microbatches = microbatches_of(batch, size, batch_size)
     step = track_fake_step(pieces, microbatches, source.loss_fn, block_bytes)
-    optimizer, kept = track_optimizer_by_sample(groups, source.make_optimizer, torch.device("cpu"))
+    order, device = list(trace.graph_module.parameters()), torch.device("cpu")
+    optimizer, temporaries_add = track_optimizer_by_sample(groups, order, source.make_optimizer, device)
     counted = count_work(pieces, microbatches[0], source.loss_fn)
     if counted.loss is None:
         raise ProfileError("the loss was not counted", "an estimate has the loss's time in the last layer")
@@ -110,7 +111,7 @@ def _estimate_size(
     forward = [roofline_ms(work, peak) for work in counted.layers]
     forward[-1] += roofline_ms(counted.loss, peak)
     times = [_times(ms, trained) for ms, trained in zip(forward, counted.trained, strict=True)]
-    costs = LayerCosts(times, updates, optimizer, kept, step)
+    costs = LayerCosts(times, updates, optimizer, temporaries_add, step)
     return trace, size_profile(trace, pieces, size, microbatches[0], costs, counted.layers, layer_dependencies(trace))
 
 

@@ -3,67 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import ceil
 
 import torch
 
-from planner.files.profile_file import temporaries_at_once
 from planner.profiling.live_storages import LiveStorages, Phase
 
 SAMPLE = 64
+ALL_AT_ONCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerMemory:
-    """Of one group of parameters: the optimizer's state, and what a later step needs besides, in bytes."""
+    """Of one group of parameters: the optimizer's state, and what a later step needs besides, in bytes.
+
+    Where the group `left_by` is updated just before, another `left_bytes` of temporaries are left.
+    """
 
     state_bytes: int
     temporary_bytes: int
+    left_bytes: int = 0
+    left_by: int = -1
 
 
 def track_optimizer(
     groups: Sequence[Sequence[torch.nn.Parameter]],
+    order: Sequence[torch.nn.Parameter],
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     block_bytes: int = 1,
-) -> tuple[list[OptimizerMemory], float]:
-    """The optimizer's memory for every group, and how much of one group's temporaries the next one's find alive.
+) -> tuple[list[OptimizerMemory], bool]:
+    """The optimizer's memory for every group, and whether temporaries of groups add up (else the largest counts).
 
-    That is a fraction: 1 where the temporaries of all groups exist at once, less where the optimizer goes from
-    parameter to parameter. A plain AdamW on a CPU then still has the denominator of the parameter before, half of its
-    temporaries.
+    `order` are all parameters as the optimizer goes through them. What it has left of one (a plain AdamW on a CPU: its
+    denominator) is still there when it makes the temporaries of the next.
     """
-    device = next((parameter.device for group in groups for parameter in group), torch.device("cpu"))
+    sample = _Sample.of(make_optimizer, next((parameter.device for parameter in order), torch.device("cpu")))
     found = [_one_optimizer(list(group), make_optimizer, block_bytes) for group in groups]
-    return found, _sampled(make_optimizer, device)[1]
+    return sample.in_order(found, groups, order), sample.all_exist
 
 
 def track_optimizer_by_sample(
     groups: Sequence[Sequence[torch.nn.Parameter]],
+    order: Sequence[torch.nn.Parameter],
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     device: torch.device,
-) -> tuple[list[OptimizerMemory], float]:
-    """`track_optimizer` for parameters without values: in proportion to what a small real one on `device` needs.
+) -> tuple[list[OptimizerMemory], bool]:
+    """`track_optimizer` for parameters without values: in proportion to what small real ones on `device` need.
 
     What does not grow with the parameters' bytes (factored states) is over-estimated.
     """
-    (state, temporary), kept = _sampled(make_optimizer, device)
-    memory = []
+    sample, memory = _Sample.of(make_optimizer, device), []
     for group in groups:
-        sizes = [parameter.numel() * parameter.element_size() for parameter in group]
-        temporaries = int(temporary * temporaries_at_once(sizes, kept)) + 1
-        memory.append(OptimizerMemory(int(state * sum(sizes)) + 1, temporaries))
-    return memory, kept
+        sizes = [_num_bytes(parameter) for parameter in group]
+        most = sum(sizes) if sample.all_exist else max(sizes, default=0)
+        memory.append(OptimizerMemory(int(sample.state * sum(sizes)) + 1, int(sample.temporary * most) + 1))
+    return sample.in_order(memory, groups, order), sample.all_exist
 
 
-def _sampled(
-    make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], device: torch.device
-) -> tuple[tuple[float, float], float]:
-    """State and temporaries, both per byte of a parameter, and the fraction of `track_optimizer`."""
-    sample = [torch.nn.Parameter(torch.zeros(SAMPLE, SAMPLE, device=device)) for _ in range(2)]
-    one, two = (_one_optimizer(sample[:count], make_optimizer, 1) for count in (1, 2))
-    num_bytes = SAMPLE * SAMPLE * 4
-    kept = (two.temporary_bytes - one.temporary_bytes) / max(1, one.temporary_bytes)
-    return (one.state_bytes / num_bytes, one.temporary_bytes / num_bytes), min(1.0, max(0.0, kept))
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What an optimizer needs per byte of a parameter, and the fraction of its temporaries that the next one finds."""
+
+    state: float
+    temporary: float
+    kept: float
+
+    @staticmethod
+    def of(
+        make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], device: torch.device
+    ) -> _Sample:
+        sample = [torch.nn.Parameter(torch.zeros(SAMPLE, SAMPLE, device=device)) for _ in range(2)]
+        one, two = (_one_optimizer(sample[:count], make_optimizer, 1) for count in (1, 2))
+        num_bytes, more = _num_bytes(sample[0]), two.temporary_bytes - one.temporary_bytes
+        kept = min(1.0, max(0.0, more / max(1, one.temporary_bytes)))
+        return _Sample(one.state_bytes / num_bytes, one.temporary_bytes / num_bytes, kept)
+
+    @property
+    def all_exist(self) -> bool:
+        """Whether the temporaries of all parameters exist at once."""
+        return self.kept > ALL_AT_ONCE
+
+    def in_order(
+        self,
+        memory: Sequence[OptimizerMemory],
+        groups: Sequence[Sequence[torch.nn.Parameter]],
+        order: Sequence[torch.nn.Parameter],
+    ) -> list[OptimizerMemory]:
+        """The memory of all groups, with what the group before leaves to each."""
+        if self.all_exist:
+            return list(memory)
+        owner = {id(parameter): number for number, group in enumerate(groups) for parameter in group}
+        before = {id(later): earlier for earlier, later in pairwise(p for p in order if id(p) in owner)}
+        found = list(memory)
+        for number, group in enumerate(groups):
+            for parameter in group:
+                earlier = before.get(id(parameter))
+                if earlier is None or owner[id(earlier)] == number:
+                    continue
+                most = self.temporary * (_num_bytes(parameter) + self.kept * _num_bytes(earlier))
+                left = ceil(most) - found[number].temporary_bytes
+                if left > found[number].left_bytes:
+                    found[number] = replace(found[number], left_bytes=left, left_by=owner[id(earlier)])
+        return found
+
+
+def _num_bytes(parameter: torch.nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()
 
 
 def _one_optimizer(

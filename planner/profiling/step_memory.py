@@ -12,6 +12,7 @@ import torch
 from planner.files.profile_file import GradientLifetime, LayerMemory, Lifetime
 from planner.profiling.live_storages import LiveStorages, Pass, Phase
 from planner.profiling.optimizer_memory import OptimizerMemory
+from planner.tracing.exporting import Trace
 from planner.tracing.gradients import attribute
 from planner.tracing.pieces import Piece, Pieces
 
@@ -110,9 +111,17 @@ def layer_memory(
                 buffer_bytes=_buffer_bytes(piece),
                 optimizer_state_bytes=optimizer[index].state_bytes,
                 optimizer_temporary_bytes=optimizer[index].temporary_bytes,
+                optimizer_left_bytes=optimizer[index].left_bytes,
+                optimizer_left_by=group_name(pieces.trace, optimizer[index].left_by),
             )
         )
     return tuple(layers)
+
+
+def group_name(trace: Trace, number: int) -> str:
+    """The layer of a group of parameters: all layers in order, then the tied ones, each its first layer's."""
+    firsts = [*range(len(trace.layers)), *(layers[0] for layers in trace.tied.values())]
+    return trace.layers[firsts[number]].id if number >= 0 else ""
 
 
 def _buffer_bytes(piece: Piece) -> int:

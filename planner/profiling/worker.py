@@ -179,10 +179,11 @@ def _measure_in_place(
         samples = time_layers(pieces, microbatches, source.loss_fn, device, rounds, meet, num_parts=request.num_stages)
         boundary = NO_COST
     optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
+    order = list(pieces.trace.graph_module.parameters())
     step, memory = on_first_copy(
         lambda: (
             track_step(pieces, microbatches, source.loss_fn, device),
-            track_optimizer(groups, source.make_optimizer, device.block_bytes),
+            track_optimizer(groups, order, source.make_optimizer, device.block_bytes),
         )
     )
     return _costs(samples, boundary, optimizer_ms, step, memory, rounds)
@@ -208,10 +209,11 @@ def _measure_piecewise(
     samples, optimizer_ms = time_pieces(
         pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, rounds, meet
     )
+    order = list(pieces.trace.graph_module.parameters())
     step, memory = on_first_copy(
         lambda: (
             track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes),
-            track_optimizer_by_sample(groups, source.make_optimizer, device.torch_device),
+            track_optimizer_by_sample(groups, order, source.make_optimizer, device.torch_device),
         )
     )
     boundary = measure_boundary(device)  # type: ignore[arg-type]  # mypy does not take a Protocol for hashable
@@ -223,7 +225,7 @@ def _costs(
     boundary: BoundaryCost,
     optimizer_ms: list[float],
     step: StepMemory,
-    optimizer: tuple[list[OptimizerMemory], float],
+    optimizer: tuple[list[OptimizerMemory], bool],
     num_rounds: int,
 ) -> LayerCosts:
     from planner.profiling.assembling import LayerCosts, measured_times
