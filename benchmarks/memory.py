@@ -83,6 +83,7 @@ def main() -> None:
                 print("".join(map(line, peaks)) if arguments.list else "", end="", flush=True)
                 seen += peaks
     print(row("all", "", "", seen))
+    dist.destroy_process_group()
 
 
 def peaks_at(profile: Profile, request: PlanRequest, count: int, source: random.Random) -> Iterator[Peak]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -127,6 +128,8 @@ def main() -> None:
         "gradients": gradients,
     }
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
+    os._exit(0)  # as the profile's workers end: torn down, gloo's threads abort the process now and then
 
 
 def times(name: str, copies: int, folder: Path, *, slowed: bool = False) -> list[dict]:
