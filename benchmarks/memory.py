@@ -44,7 +44,6 @@ MOST_OVER = 0.05
 class Peak:
     """A stage's peak: bytes predicted and measured."""
 
-    model: str
     cuts: tuple[str, ...]
     stage: int
     predicted_bytes: int
@@ -88,17 +87,16 @@ def main() -> None:
 
 def peaks_at(profile: Profile, request: PlanRequest, count: int, source: random.Random) -> Iterator[Peak]:
     """The peaks of all stages of `count` plans, cut anywhere; of all plans where there are no more."""
-    num_microbatches = request.microbatches or MICROBATCHES
-    chain = chain_at(profile, profile.batch_size // num_microbatches, request)
-    solution = solve_chain(chain, request.gpus, num_microbatches, schedule=request.schedule)
-    size = profile.size(profile.batch_size // num_microbatches)
-    best = Candidate(num_microbatches, size, chain, solution, chain)
+    size = profile.sizes[0]
+    chain = chain_at(profile, size.microbatch_size, request)
+    solution = solve_chain(chain, request.gpus, MICROBATCHES, schedule=request.schedule)
+    best = Candidate(MICROBATCHES, size, chain, solution, chain)
     for cuts in drawn_cuts(len(chain.ids), request.gpus, count, source):
         plan = assemble(profile, request, best, cuts, [best])
         for stage, measured in zip(plan.stages, measured_bytes(plan), strict=True):
             names = tuple(str(chain.ids[cut]) for cut in cuts)
             assert stage.peak_memory_bytes is not None
-            yield Peak(profile.model.name, names, stage.index, stage.peak_memory_bytes, measured)
+            yield Peak(names, stage.index, stage.peak_memory_bytes, measured)
 
 
 def drawn_cuts(num_layers: int, num_stages: int, count: int, source: random.Random) -> Iterator[tuple[int, ...]]:
@@ -129,7 +127,7 @@ def measured_bytes(plan: Plan) -> list[int]:
 def row(model: str, num_stages: int | str, schedule: str, peaks: Sequence[Peak]) -> str:
     """One row of the table: the least, median and largest error of the prediction, and how many stages are off.
 
-    >>> row("m", 2, "gpipe", [Peak("m", ("a",), 0, 90, 100), Peak("m", ("a",), 1, 106, 100)]).split()
+    >>> row("m", 2, "gpipe", [Peak(("a",), 0, 90, 100), Peak(("a",), 1, 106, 100)]).split()
     ['m', '2', 'gpipe', '2', '-10.000%', '-2.000%', '+6.000%', '1', '1']
     """
     errors = [peak.error for peak in peaks]

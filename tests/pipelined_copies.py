@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from planner.errors import DEBUG
+from planner.machine.workers import as_worker
 from planner.profiling.layer_clock import LayerClock
 from planner.profiling.pipelined import time_in_pipeline
 from planner.profiling.timing import Microbatch
@@ -128,8 +130,6 @@ def main() -> None:
         "gradients": gradients,
     }
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    os._exit(0)  # as the profile's workers end: torn down, gloo's threads abort the process now and then
 
 
 def times(name: str, copies: int, folder: Path, *, slowed: bool = False) -> list[dict]:
@@ -139,6 +139,7 @@ def times(name: str, copies: int, folder: Path, *, slowed: bool = False) -> list
         subprocess.Popen(
             [sys.executable, "-m", "tests.pipelined_copies", name, str(rank), *arguments],
             cwd=ROOT,
+            env={**os.environ, DEBUG: "1"},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -150,4 +151,4 @@ def times(name: str, copies: int, folder: Path, *, slowed: bool = False) -> list
 
 
 if __name__ == "__main__":
-    main()
+    as_worker(main)

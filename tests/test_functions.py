@@ -163,6 +163,20 @@ def test_sparse_gradients_are_refused():
         trace_model(model, (torch.zeros(2, dtype=torch.long),), {})
 
 
+def test_sparse_gradients_of_a_function_are_refused_with_its_line():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, 4))
+
+        def forward(self, words):
+            return nn.functional.embedding(words, self.weight, sparse=True)
+
+    with pytest.raises(TraceError, match="the model makes sparse gradients") as caught:
+        trace_model(Functional(), (torch.zeros(2, dtype=torch.long),), {})
+    assert "nn.functional.embedding(words" in caught.value.frames[0]
+
+
 def test_hooks_on_gradients_are_refused_where_they_are_registered():
     with pytest.raises(TraceError) as caught:
         trace_model(Hooked(), (torch.ones(2, 3),), {})

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from planner.machine.phase_bytes import PhaseBytes
+from planner.machine.phase_bytes import PhaseBytes, in_blocks
 
 PROFILERS_LINE = re.compile(rb"ActivityProfilerHandler\.cpp|Memory block of unknown size")
 
@@ -57,34 +57,22 @@ def bytes_by_mark(events: list[dict[str, Any]], prefix: str, block_bytes: int = 
     {'0': ([8], []), '1': ([3, 3], [8])}
     """
     phases: dict[str, PhaseBytes] = {}
-    makers: dict[int, PhaseBytes | None] = {}  # by address, the phase that made what is alive there
-    now: PhaseBytes | None = None
+    makers: dict[int, PhaseBytes] = {}  # by address, the phase that made what is alive there
+    now = PhaseBytes()
     for event in events:
         if event.get("name") == "[memory]":
             num_bytes, address = int(event["args"]["Bytes"]), int(event["args"]["Addr"])
-            blocks = -(-abs(num_bytes) // block_bytes) * block_bytes
+            blocks = in_blocks(abs(num_bytes), block_bytes)
             if num_bytes > 0:
-                _make(now, blocks, makers, address)
+                makers[address] = now
+                now.make(blocks)
+            elif makers.pop(address, None) is now:
+                now.free_own(blocks)
             else:
-                _free(now, blocks, makers.pop(address, None))
+                now.free_other(blocks)
         elif str(event.get("name", "")).startswith(prefix):
             now = phases.setdefault(str(event["name"]).removeprefix(prefix), PhaseBytes())
     return phases
-
-
-def _make(now: PhaseBytes | None, num_bytes: int, makers: dict[int, PhaseBytes | None], address: int) -> None:
-    makers[address] = now
-    if now is not None:
-        now.make(num_bytes)
-
-
-def _free(now: PhaseBytes | None, num_bytes: int, maker: PhaseBytes | None) -> None:
-    if now is None:
-        return
-    if maker is now:
-        now.free_own(num_bytes)
-    else:
-        now.free_other(num_bytes)
 
 
 @contextlib.contextmanager

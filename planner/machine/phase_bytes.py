@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import Match, SequenceMatcher
+from difflib import SequenceMatcher
 from itertools import accumulate
 
 
@@ -69,11 +68,12 @@ class PhaseBytes:
         >>> tracked.raised_to_those_of(PhaseBytes(peaks=[1]))
         [4, 9]
         """
+        same = SequenceMatcher(None, self.freed, seen.freed, autojunk=False).get_matching_blocks()
+        both = {block.a + i: block.b + i for block in same for i in range(block.size)}
         raised, position, not_freed = list(self.peaks), 0, 0
-        both = {block.a + i: block.b + i for block in _same(self.freed, seen.freed) for i in range(block.size)}
-        for number in range(len(raised)):
-            end = next((both[later] for later in sorted(both) if later >= number), len(seen.freed))
-            raised[number] = max(raised[number], max(seen.peaks[position : end + 1]) + not_freed)
+        for number, peak in enumerate(self.peaks):
+            end = next((there for here, there in both.items() if here >= number), len(seen.freed))
+            raised[number] = max(peak, max(seen.peaks[position : end + 1]) + not_freed)
             if number in both:
                 position = end + 1
             elif number < len(self.freed):
@@ -81,5 +81,10 @@ class PhaseBytes:
         return raised
 
 
-def _same(first: Sequence[int], second: Sequence[int]) -> list[Match]:
-    return SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+def in_blocks(num_bytes: int, block_bytes: int) -> int:
+    """The bytes of the whole blocks that an allocator gives for `num_bytes`.
+
+    >>> in_blocks(65, 64), in_blocks(64, 64), in_blocks(5, 1)
+    (128, 64, 5)
+    """
+    return -(-num_bytes // block_bytes) * block_bytes

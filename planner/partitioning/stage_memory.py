@@ -98,7 +98,7 @@ class StageMemoryTable:
         saved = int(self.alive_backward[stop, begin] - self.alive_backward[start, begin]) + copied
         saved += sum(life.num_bytes for life in sent if life.freed_in == "forward" or life.freed >= stop)
         held = sum(life.num_bytes for life in sent)
-        tied = [group for group in self.chain.tied if holds(group, start, stop)]
+        tied = self._tied(start, stop)
         first, later = self._backward_rise(start, stop, sent)
         return StageBytes(
             parameter_bytes=int(self.parameters[stop] - self.parameters[start]) + sum(t.parameter_bytes for t in tied),
@@ -118,8 +118,7 @@ class StageMemoryTable:
 
     def _optimizer_temporaries(self, start: int, stop: int) -> int:
         ids = set(self.chain.ids[start:stop])
-        tied = (group for group in self.chain.tied if holds(group, start, stop))
-        owners: list[LayerMemory | ChainTied] = [*self.memory.layers[start:stop], *tied]
+        owners: list[LayerMemory | ChainTied] = [*self.memory.layers[start:stop], *self._tied(start, stop)]
         temporaries = [
             own.optimizer_temporary_bytes + own.optimizer_left_bytes * (own.optimizer_left_by in ids) for own in owners
         ]
@@ -173,8 +172,11 @@ class StageMemoryTable:
         return made, waiting
 
     def _trained_bytes(self, start: int, stop: int) -> int:
-        tied = (group for group in self.chain.tied if group.trainable and holds(group, start, stop))
-        return int(self.trainable[stop] - self.trainable[start]) + sum(group.parameter_bytes for group in tied)
+        tied = (group.parameter_bytes for group in self._tied(start, stop) if group.trainable)
+        return int(self.trainable[stop] - self.trainable[start]) + sum(tied)
+
+    def _tied(self, start: int, stop: int) -> list[ChainTied]:
+        return [group for group in self.chain.tied if holds(group, start, stop)]
 
     def _after_backward(self, start: int, stop: int) -> int:
         """Gradients that go to the stage before, of what is relayed too, when all layers are done."""

@@ -102,7 +102,7 @@ def _estimate_size(
     groups = optimizer_groups(trace, pieces)
     microbatches = microbatches_of(batch, size, batch_size)
     step = track_fake_step(pieces, microbatches, source.loss_fn, block_bytes)
-    order, device = list(trace.graph_module.parameters()), torch.device("cpu")
+    order, device = trace.graph_module.parameters(), torch.device("cpu")
     optimizer, temporaries_add = track_optimizer_by_sample(groups, order, source.make_optimizer, device)
     counted = count_work(pieces, microbatches[0], source.loss_fn)
     if counted.loss is None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from planner.machine.device import Device
-from planner.machine.phase_bytes import PhaseBytes
+from planner.machine.phase_bytes import PhaseBytes, in_blocks
 
 Pass = Literal["forward", "backward"]
 
@@ -58,6 +58,7 @@ class LiveStorages(TorchDispatchMode):
     scattered: set[str] = field(default_factory=set)
     _by_key: dict[int, Storage] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
+    _now: PhaseBytes = field(default_factory=PhaseBytes)
 
     def __post_init__(self) -> None:
         TorchDispatchMode.__init__(self)
@@ -68,8 +69,7 @@ class LiveStorages(TorchDispatchMode):
 
     def enter(self, phase: Phase) -> None:
         """What follows belongs to `phase`."""
-        self.phase = phase
-        self.phases.setdefault(phase, PhaseBytes())
+        self.phase, self._now = phase, self.phases.setdefault(phase, PhaseBytes())
 
     def find(self, tensor: torch.Tensor) -> Storage | None:
         """The storage of `tensor` where it was made under the mode and is alive."""
@@ -91,7 +91,7 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""
         result = func(*args, **(kwargs or {}))
-        made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        made = _tensors(result)
         for value in made:
             self._track(value)
         if self.phase is not None and self.phase.direction == "backward":
@@ -100,30 +100,32 @@ class LiveStorages(TorchDispatchMode):
 
     def _note_reading(self, arguments: Sequence[Any], made: set[int], layer: int) -> None:
         """What the operation reads and does not hand on as a view."""
-        for value in tree_leaves(arguments):
-            if isinstance(value, torch.Tensor) and _key(value) not in made:
-                storage = self.find(value)
-                if storage is not None:
-                    storage.reads.setdefault(layer, set()).add((int(value.storage_offset()), value.nbytes))
+        for value in _tensors(arguments):
+            storage = self.find(value)
+            if storage is not None and _key(value) not in made:
+                storage.reads.setdefault(layer, set()).add((int(value.storage_offset()), value.nbytes))
 
     def _track(self, tensor: torch.Tensor) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)
         if key in self._by_key or key in self._known:
             return
-        record = Storage(-(-storage.nbytes() // self.block_bytes) * self.block_bytes, self.phase)
+        record = Storage(in_blocks(storage.nbytes(), self.block_bytes), self.phase)
         self._by_key[key] = record
         self.storages.append(record)
-        if self.phase is not None:
-            self.phases[self.phase].make(record.num_bytes)
+        self._now.make(record.num_bytes)
         weakref.finalize(storage, self._free, key)
 
     def _free(self, key: int) -> None:
         record = self._by_key.pop(key)
         record.freed = self.phase
-        if self.phase is not None and record.born == self.phase:
-            self.phases[self.phase].free_own(record.num_bytes)
-        elif self.phase is not None and record.num_bytes:
-            record.freed_after = self.phases[self.phase].free_other(record.num_bytes)
+        if record.born == self.phase:
+            self._now.free_own(record.num_bytes)
+        elif record.num_bytes:
+            record.freed_after = self._now.free_other(record.num_bytes)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def _key(tensor: torch.Tensor) -> int:
@@ -131,22 +133,24 @@ def _key(tensor: torch.Tensor) -> int:
 
 
 class Marks(Protocol):
-    """What is told which layer computes, and follows the storages that it wants to."""
+    """What is told which layer computes, and follows the storages that it wants to: none, unless it says otherwise."""
 
     def enter(self, phase: Phase) -> None:
         """What follows belongs to `phase`."""
 
     def find(self, tensor: torch.Tensor) -> Storage | None:
         """The record of a tensor's storage, where there is one."""
+        return None
 
     def note_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
         """The gradient of a value is complete."""
+        return
 
 
 MARK = "evenstage layer "
 
 
-class EventMarks:
+class EventMarks(Marks):
     """Names every phase in the profile of a CPU."""
 
     def __init__(self) -> None:
@@ -157,14 +161,8 @@ class EventMarks:
         with torch.profiler.record_function(f"{MARK}{len(self.phases)}"):
             self.phases.append(phase)
 
-    def find(self, _: torch.Tensor) -> None:
-        return None
 
-    def note_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
-        """Nothing is kept."""
-
-
-class AllocatorMarks:
+class AllocatorMarks(Marks):
     """Asks a GPU's allocator for its peak whenever a phase ends."""
 
     def __init__(self, device: Device) -> None:
@@ -177,9 +175,3 @@ class AllocatorMarks:
         self.rising[self.phase] = max(self.rising.get(self.phase, 0), peak)
         self.device.reset_peak_memory()
         self.phase, self.start = phase, self.device.peak_memory_bytes() or 0
-
-    def find(self, _: torch.Tensor) -> None:
-        return None
-
-    def note_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
-        """Nothing is kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
@@ -30,7 +30,7 @@ class OptimizerMemory:
 
 def track_optimizer(
     groups: Sequence[Sequence[torch.nn.Parameter]],
-    order: Sequence[torch.nn.Parameter],
+    order: Iterable[torch.nn.Parameter],
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     block_bytes: int = 1,
 ) -> tuple[list[OptimizerMemory], bool]:
@@ -39,14 +39,15 @@ def track_optimizer(
     `order` are all parameters as the optimizer goes through them. What it has left of one (a plain AdamW on a CPU: its
     denominator) is still there when it makes the temporaries of the next.
     """
-    sample = _Sample.of(make_optimizer, next((parameter.device for parameter in order), torch.device("cpu")))
+    device = next((parameter.device for group in groups for parameter in group), torch.device("cpu"))
+    sample = _Sample.of(make_optimizer, device)
     found = [_one_optimizer(list(group), make_optimizer, block_bytes) for group in groups]
     return sample.in_order(found, groups, order), sample.all_exist
 
 
 def track_optimizer_by_sample(
     groups: Sequence[Sequence[torch.nn.Parameter]],
-    order: Sequence[torch.nn.Parameter],
+    order: Iterable[torch.nn.Parameter],
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     device: torch.device,
 ) -> tuple[list[OptimizerMemory], bool]:
@@ -56,7 +57,7 @@ def track_optimizer_by_sample(
     """
     sample, memory = _Sample.of(make_optimizer, device), []
     for group in groups:
-        sizes = [_num_bytes(parameter) for parameter in group]
+        sizes = [parameter.nbytes for parameter in group]
         most = sum(sizes) if sample.all_exist else max(sizes, default=0)
         memory.append(OptimizerMemory(int(sample.state * sum(sizes)) + 1, int(sample.temporary * most) + 1))
     return sample.in_order(memory, groups, order), sample.all_exist
@@ -76,7 +77,7 @@ class _Sample:
     ) -> _Sample:
         sample = [torch.nn.Parameter(torch.zeros(SAMPLE, SAMPLE, device=device)) for _ in range(2)]
         one, two = (_one_optimizer(sample[:count], make_optimizer, 1) for count in (1, 2))
-        num_bytes, more = _num_bytes(sample[0]), two.temporary_bytes - one.temporary_bytes
+        num_bytes, more = sample[0].nbytes, two.temporary_bytes - one.temporary_bytes
         kept = min(1.0, max(0.0, more / max(1, one.temporary_bytes)))
         return _Sample(one.state_bytes / num_bytes, one.temporary_bytes / num_bytes, kept)
 
@@ -89,28 +90,18 @@ class _Sample:
         self,
         memory: Sequence[OptimizerMemory],
         groups: Sequence[Sequence[torch.nn.Parameter]],
-        order: Sequence[torch.nn.Parameter],
+        order: Iterable[torch.nn.Parameter],
     ) -> list[OptimizerMemory]:
         """The memory of all groups, with what the group before leaves to each."""
-        if self.all_exist:
-            return list(memory)
-        owner = {id(parameter): number for number, group in enumerate(groups) for parameter in group}
-        before = {id(later): earlier for earlier, later in pairwise(p for p in order if id(p) in owner)}
         found = list(memory)
-        for number, group in enumerate(groups):
-            for parameter in group:
-                earlier = before.get(id(parameter))
-                if earlier is None or owner[id(earlier)] == number:
-                    continue
-                most = self.temporary * (_num_bytes(parameter) + self.kept * _num_bytes(earlier))
-                left = ceil(most) - found[number].temporary_bytes
-                if left > found[number].left_bytes:
-                    found[number] = replace(found[number], left_bytes=left, left_by=owner[id(earlier)])
+        owner = {id(parameter): number for number, group in enumerate(groups) for parameter in group}
+        for earlier, later in pairwise(parameter for parameter in order if id(parameter) in owner):
+            before, number = owner[id(earlier)], owner[id(later)]
+            most = self.temporary * (later.nbytes + self.kept * earlier.nbytes)
+            left = ceil(most) - found[number].temporary_bytes
+            if before != number and left > found[number].left_bytes and not self.all_exist:
+                found[number] = replace(found[number], left_bytes=left, left_by=before)
         return found
-
-
-def _num_bytes(parameter: torch.nn.Parameter) -> int:
-    return parameter.numel() * parameter.element_size()
 
 
 def _one_optimizer(

@@ -173,17 +173,17 @@ def _measure_in_place(
     from planner.profiling.timing import time_layers, time_optimizer
 
     groups, rounds = optimizer_groups(pieces.trace, pieces), request.num_rounds
+    parameters = pieces.trace.graph_module.parameters
     if request.copies > 1:
         samples, boundary = time_in_pipeline(pieces, microbatches, source.loss_fn, device, rounds, meet)
     else:
         samples = time_layers(pieces, microbatches, source.loss_fn, device, rounds, meet, num_parts=request.num_stages)
         boundary = NO_COST
     optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
-    order = list(pieces.trace.graph_module.parameters())
     step, memory = on_first_copy(
         lambda: (
             track_step(pieces, microbatches, source.loss_fn, device),
-            track_optimizer(groups, order, source.make_optimizer, device.block_bytes),
+            track_optimizer(groups, parameters(), source.make_optimizer, device.block_bytes),
         )
     )
     return _costs(samples, boundary, optimizer_ms, step, memory, rounds)
@@ -206,14 +206,14 @@ def _measure_piecewise(
     from planner.profiling.pooling import gathered, on_first_copy
 
     groups, rounds = optimizer_groups(pieces.trace, pieces), (request.num_rounds, OPTIMIZER_ROUNDS)
+    parameters = pieces.trace.graph_module.parameters
     samples, optimizer_ms = time_pieces(
         pieces, microbatches, source.loss_fn, groups, source.make_optimizer, device, rounds, meet
     )
-    order = list(pieces.trace.graph_module.parameters())
     step, memory = on_first_copy(
         lambda: (
             track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes),
-            track_optimizer_by_sample(groups, order, source.make_optimizer, device.torch_device),
+            track_optimizer_by_sample(groups, parameters(), source.make_optimizer, device.torch_device),
         )
     )
     boundary = measure_boundary(device)  # type: ignore[arg-type]  # mypy does not take a Protocol for hashable

@@ -36,6 +36,12 @@ def operation_frames(node: fx.Node, limit: int = 3) -> tuple[str, ...]:
     return _chosen([(file, int(line), text) for file, line, text in found], limit)
 
 
+def operation_module(node: fx.Node) -> str:
+    """The name of the innermost module that a traced operation comes from; empty where it is the model's own."""
+    names = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name]
+    return names[-1] if names else ""
+
+
 def forward_frame(model: nn.Module, *, last_return: bool = False) -> tuple[str, ...]:
     """The line at which `model`'s forward begins, or its last `return`; nothing where there is no source."""
     try:

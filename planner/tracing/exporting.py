@@ -93,7 +93,6 @@ class Trace:
 def export_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The exported graph of `model` as `pipeline()` would get it. Raises TraceError with the line to blame."""
     refuse_module_hooks(model)
-    refuse_sparse_gradients(model)
     with watch_numbers(model) as changes:
         module = _export(model, args, kwargs)
     if changes:
@@ -105,6 +104,7 @@ def export_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def check_export(module: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise TraceError where the exported `module` would be wrong in a pipeline."""
     refuse_outputs(module, model)
+    refuse_sparse_gradients(module)
     refuse_shared_inputs(module, args, kwargs)
 
 

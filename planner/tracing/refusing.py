@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from planner.errors import TraceError
-from planner.tracing.code_frames import forward_frame, operation_frames
+from planner.tracing.code_frames import forward_frame, operation_frames, operation_module
 from planner.tracing.state import storages, writes
 
 
@@ -96,15 +96,22 @@ def refuse_shared_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict
             )
 
 
-def refuse_sparse_gradients(model: nn.Module) -> None:
-    """Raise TraceError where an embedding of `model` makes gradients that list their rows."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+def refuse_sparse_gradients(gm: fx.GraphModule) -> None:
+    """Raise TraceError where an operation of `gm` makes gradients that list their rows, as embeddings may."""
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and _argument(node, "sparse"):
             raise TraceError(
-                f"{name or type(model).__name__} makes sparse gradients",
+                f"{operation_module(node) or 'the model'} makes sparse gradients",
                 "gradients are dense: their norm, their sum over stages and their memory are those of tensors",
                 "build the embedding with sparse=False",
+                operation_frames(node),
             )
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """What an operation is given by that name, by position or as keyword; None where it has no such argument."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return dict(zip(names, node.args, strict=False), **node.kwargs).get(name)
 
 
 @contextlib.contextmanager

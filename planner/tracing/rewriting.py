@@ -18,7 +18,7 @@ from torch.distributed.pipelining._IR import aten_pipe_split_alias
 from torch.utils._pytree import tree_map
 
 from planner.errors import TraceError
-from planner.tracing.code_frames import operation_frames
+from planner.tracing.code_frames import operation_frames, operation_module
 from planner.tracing.crossing import arrive, call, depart
 from planner.tracing.functions import FunctionCall, restore_functions
 from planner.tracing.gradients import needs_gradient
@@ -172,10 +172,9 @@ def _detached(graph: fx.Graph, value: Any) -> Any:
 def _refuse_higher_order(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            stack = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name]
-            where = f"module {stack[-1]}" if stack else "the model"
+            module = operation_module(node)
             raise TraceError(
-                f"{where} contains a region of kind {node.target.__name__}",
+                f"{f'module {module}' if module else 'the model'} contains a region of kind {node.target.__name__}",
                 "operations inside such a region cannot be told apart by a cut",
                 REGION_REMEDIES.get(node.target.__name__, "remove the region from forward"),
                 operation_frames(node),

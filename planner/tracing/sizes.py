@@ -24,7 +24,7 @@ from planner.tracing.explaining import quiet_export
 from planner.tracing.exporting import check_export, export_model
 from planner.tracing.functions import keep_functions, refuse_module_hooks
 from planner.tracing.gradients import attribute
-from planner.tracing.refusing import refuse_sparse_gradients, watch_numbers
+from planner.tracing.refusing import watch_numbers
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 KEPT_OPERATION = "evenstage.function.default"
@@ -117,7 +117,6 @@ class _Symbolic:
 def _export_any_size(model: nn.Module, calls: Callable[[int], Call], sizes: list[int]) -> _Symbolic | None:
     """An export at the largest of `sizes` whose batch dimension is symbolic; None where that is not possible."""
     refuse_module_hooks(model)
-    refuse_sparse_gradients(model)
     args, kwargs = calls(sizes[-1])
     try:
         shapes = _batch_dimensions(model, [calls(size) for size in sizes], sizes)
