@@ -20,6 +20,7 @@ from planner.tracing.deferred_model import build_either
 from planner.tracing.explaining import quiet_export
 from planner.tracing.inputs import TracedInputs
 from planner.tracing.loading import ModelSource, as_call, make_batch, rows
+from planner.tracing.older_stages import as_of_later_torch
 from planner.tracing.precision import inside_autocast
 from planner.tracing.randomness import random_operations, remove_dropout
 from planner.tracing.rewriting import canonical_names, set_device
@@ -173,6 +174,7 @@ def build_stages(
         if index == 0 and weights is not None:
             say_unused(weights, model)
         stage = pipe.build_stage(index, device.torch_device)
+        as_of_later_torch(stage)
         _take_flat_inputs(stage.submod)
         if plan.precision == "bf16":
             stage.submod.forward = inside_autocast(stage.submod.forward, device.torch_device.type)

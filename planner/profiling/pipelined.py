@@ -28,6 +28,7 @@ from planner.profiling.layer_clock import LayerClock
 from planner.profiling.marked_graph import MarkedStages, even_starts, marked_stages, set_clock, without_marks
 from planner.profiling.pooling import on_first_copy
 from planner.profiling.timing import LayerSamples, Microbatch, clear_gradients, load_ms_alone, without_collection
+from planner.tracing.older_stages import as_of_later_torch
 from planner.tracing.pieces import OutputValue, Pieces
 
 WARM_UP_ROUNDS = 3
@@ -163,6 +164,7 @@ class StageOfLayers:
         self.plain = without_marks(self.function)
         info = PipeInfo(stages.pipe_graph, len(stages.marked), has_loss_and_backward=False)
         stage: Any = build_stage(self.function, index, info, device.torch_device, group)
+        as_of_later_torch(stage)
         self._attach(stage)
         self.stage = stage
         self.schedule: Any = None
