@@ -65,6 +65,8 @@ class ComparedStage:
     measured_optimizer_ms: float
     predicted_peak_bytes: int | None
     measured_peak_bytes: int | None
+    predicted_device_bytes: int | None
+    measured_device_bytes: int | None
     predicted_wait_ms: float | None
     measured_wait_ms: float | None
     predicted_bubble: float | None
@@ -258,6 +260,8 @@ def _stage(
         measured_optimizer_ms=after.optimizer_ms,
         predicted_peak_bytes=before.peak_memory_bytes,
         measured_peak_bytes=after.peak_memory_bytes,
+        predicted_device_bytes=before.device_memory_bytes,
+        measured_device_bytes=after.device_memory_bytes,
         predicted_wait_ms=before.wait_ms,
         measured_wait_ms=after.wait_ms,
         predicted_bubble=before.bubble_fraction,

@@ -24,7 +24,7 @@ from planner.machine.device import Clock, available_cores
 from planner.profiling.timing import summarise
 from planner.scheduling.closed_forms import ideal_step_ms
 from planner.scheduling.simulation import SimulatedStep, StageTimes, simulate
-from runner.measuring import StepSamples
+from runner.measuring import StepSamples, highest
 from runner.training import StepResult
 
 StepClock = Literal["wall", "simulated"]
@@ -70,7 +70,7 @@ def build_measurement(
         stages=tuple(
             StageMeasurement(
                 index=stage.index,
-                predicted=_predicted(stage, *plan.transfers_ms(stage.index)),
+                predicted=_predicted(stage, plan),
                 measured=replace(
                     _measured(stage.index, times, samples, results, simulated, step_clock),
                     transfer_forward_ms=plan.transfers_ms(stage.index)[0],
@@ -131,13 +131,18 @@ def _with_transfers(times: StageTimes, forward_ms: float, backward_ms: float) ->
     )
 
 
-def _predicted(stage: Stage, transfer_forward_ms: float, transfer_backward_ms: float) -> StageFigures:
+def _predicted(stage: Stage, plan: Plan) -> StageFigures:
+    transfer_forward_ms, transfer_backward_ms = plan.transfers_ms(stage.index)
+    allocated, on_gpu = stage.peak_memory_bytes, plan.machine is not None and plan.machine.device == "cuda"
+    if allocated is not None and stage.memory is not None and plan.machine is not None:
+        allocated += plan.machine.workspace_bytes - stage.memory.reserved
     return StageFigures(
         forward_ms=stage.forward_ms,
         backward_ms=stage.backward_ms,
         backward_first_ms=stage.backward_first_ms,
         optimizer_ms=stage.optimizer_ms,
-        peak_memory_bytes=stage.peak_memory_bytes,
+        peak_memory_bytes=allocated,
+        device_memory_bytes=stage.peak_memory_bytes if on_gpu else None,
         bubble_fraction=stage.bubble_fraction,
         wait_ms=stage.wait_ms,
         forward_spread_ms=stage.forward_spread_ms,
@@ -158,7 +163,8 @@ def _measured(
     step_clock: StepClock,
 ) -> StageFigures:
     own = samples[index]
-    peaks = [r.peak_memory_bytes for r in results[index] if r.peak_memory_bytes is not None]
+    peaks = [result.memory for result in results[index] if result.memory is not None]
+    memory = highest(peaks) if peaks else None
     wait = simulated.wait_ms[index]
     bubble = simulated.bubble_fraction[index]
     if step_clock == "wall":
@@ -169,7 +175,8 @@ def _measured(
         backward_ms=times[index].backward_ms,
         backward_first_ms=times[index].backward_first_ms,
         optimizer_ms=times[index].optimizer_ms,
-        peak_memory_bytes=max(peaks) if peaks else None,
+        peak_memory_bytes=None if memory is None else memory.allocated_bytes,
+        device_memory_bytes=None if memory is None else memory.device_bytes,
         bubble_fraction=min(1.0, max(0.0, bubble)),
         wait_ms=max(0.0, wait),
         forward_spread_ms=summarise([ms for s in own for ms in s.forward_ms])[1],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,16 +102,36 @@ class StageRecorder:
         )
 
 
-def measure_peak_memory(device: Device, resting_bytes: int, work: Callable[[], None]) -> int:
+@dataclass(frozen=True, slots=True)
+class PeakMemory:
+    """What the allocator gave out at most; what was gone of the GPU then, None on a CPU."""
+
+    allocated_bytes: int
+    device_bytes: int | None = None
+
+
+def measure_peak_memory(device: Device, resting_bytes: int, work: Callable[[], None]) -> PeakMemory:
     """Peak bytes while `work` runs. On CUDA the allocator's own; on a CPU the profiler's memory events.
 
-    The events say what was allocated and freed since the start, so the bytes at rest before it are added.
+    The events say what was allocated and freed since the start, so the bytes at rest before it are added. On CUDA the
+    allocator first gives back what it keeps, so that it has taken no more than this work needs.
     """
-    if device.clock == "cuda-event":
-        device.reset_peak_memory()
-        work()
-        return int(device.peak_memory_bytes() or 0)
-    return resting_bytes + peak_of_events(memory_events(work))
+    if device.clock == "thread-cpu":
+        return PeakMemory(resting_bytes + peak_of_events(memory_events(work)))
+    device.empty_cache()
+    device.reset_peak_memory()
+    work()
+    return PeakMemory(device.peak_memory_bytes() or 0, (device.taken_bytes() or 0) + device.context_bytes())
+
+
+def highest(peaks: Sequence[PeakMemory]) -> PeakMemory:
+    """The highest of each.
+
+    >>> highest([PeakMemory(5, 9), PeakMemory(7, 8)])
+    PeakMemory(allocated_bytes=7, device_bytes=9)
+    """
+    taken = [peak.device_bytes for peak in peaks if peak.device_bytes is not None]
+    return PeakMemory(max(peak.allocated_bytes for peak in peaks), max(taken, default=None))
 
 
 def resting_bytes(stage: Any, optimizer: torch.optim.Optimizer | None) -> int:

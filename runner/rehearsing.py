@@ -23,6 +23,7 @@ from planner.tracing.loading import ModelSource
 from runner.checking import Reference
 from runner.exact_ties import exact_sum
 from runner.loopback import Boundaries, SentMessages
+from runner.measuring import PeakMemory, highest
 from runner.parking import Parking
 from runner.stages import BuiltStage, build_stages
 from runner.training import StepResult, Trainer, training_batches
@@ -54,7 +55,7 @@ class RehearsedStage(Trainer):
         self.parking = Parking(device.torch_device, self.stage.submod, self.optimizer, self.stage)
         self.parking.leave()
         self.wall_ms = 0.0
-        self.peaks: list[int] = []
+        self.peaks: list[PeakMemory] = []
 
     def fill(self, batch: tuple[Any, Any]) -> None:
         """Forward of all microbatches without autograd: the next stage's inputs are kept, nothing else changes."""
@@ -78,6 +79,8 @@ class RehearsedStage(Trainer):
             self._watch(memory)(lambda: self._run_schedule(inputs))
             self.wall_ms = (time.perf_counter() - wall) * 1e3
             self.sent.held.clear()
+            self.stage.clear_runtime_states()
+            self.targets, self.losses = [], [loss.detach().cpu() for loss in self.losses]
 
     def finish(self, number: int, *, memory: bool) -> StepResult:
         """Let the optimizer step. In a step whose memory is measured nothing is timed."""
@@ -89,7 +92,7 @@ class RehearsedStage(Trainer):
             optimizer = (before, self.device.stamp())
             self.wall_ms += (time.perf_counter() - wall) * 1e3
             result = self._result(number, norm, optimizer, self.wall_ms)
-        return replace(result, samples=None, peak_memory_bytes=max(self.peaks)) if memory else result
+        return replace(result, samples=None, memory=highest(self.peaks)) if memory else result
 
     def _watch(self, memory: bool) -> Callable[[Callable[[], None]], None]:
         return self._memory_watch(self.peaks) if memory else lambda work: work()

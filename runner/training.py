@@ -22,7 +22,7 @@ from planner.tracing.precision import autocast
 from planner.tracing.tied_gradients import sum_tied_gradients
 from planner.tracing.user_functions import defined_at
 from runner.exact_ties import ExactTies
-from runner.measuring import StageRecorder, StepSamples, measure_peak_memory, resting_bytes
+from runner.measuring import PeakMemory, StageRecorder, StepSamples, highest, measure_peak_memory, resting_bytes
 from runner.stages import BuiltStage
 
 
@@ -36,7 +36,7 @@ class StepResult:
     learning_rate: float
     wall_ms: float
     samples: StepSamples | None
-    peak_memory_bytes: int | None
+    memory: PeakMemory | None
 
 
 class Trainer:
@@ -135,11 +135,11 @@ class Trainer:
         self, number: int, batch: tuple[Any, Any], after_backward: Callable[[], None] | None
     ) -> StepResult:
         """A step whose peak memory is measured instead of its times: the instrument would distort them."""
-        peaks: list[int] = []
+        peaks: list[PeakMemory] = []
         result = self.step(number, batch, after_backward, self._memory_watch(peaks))
-        return replace(result, samples=None, peak_memory_bytes=max(peaks))
+        return replace(result, samples=None, memory=highest(peaks))
 
-    def _memory_watch(self, peaks: list[int]) -> Callable[[Callable[[], None]], None]:
+    def _memory_watch(self, peaks: list[PeakMemory]) -> Callable[[Callable[[], None]], None]:
         """Runs a part of a step and appends its peak memory to `peaks`."""
 
         def watch(work: Callable[[], None]) -> None:

@@ -59,6 +59,7 @@ def open_context(options: RunOptions) -> RunContext:
     from planner.files.plan_file import Plan
     from planner.machine.device import choose_device
     from planner.tracing.loading import load_source
+    from runner.checking import compute_exactly
     from runner.cli import refuse_bad_targets
 
     plan = Plan.load(options.plan)
@@ -77,6 +78,8 @@ def open_context(options: RunOptions) -> RunContext:
     device = choose_device(options.device, int(os.environ.get("LOCAL_RANK", rank)))
     if device.clock == "thread-cpu":
         torch.set_num_threads(1)
+    if options.check:
+        compute_exactly()
     if rank == 0:
         refuse_bad_targets(options, model_of(options, plan))
     backend = "gloo" if device.clock == "thread-cpu" else "cpu:gloo,cuda:nccl"

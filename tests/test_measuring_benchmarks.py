@@ -134,7 +134,10 @@ def test_counts_take_turns(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_a_device_keeps_for_itself_is_said():
-    gpu = replace(profile(1.0), machine=Machine("cuda", "a GPU", 1, {"torch": "2"}, 80 * 2**30, 2**29))
-    assert machine_lines(gpu) == ["\na GPU, torch 2", "512 MiB of 80.0 GiB are gone before any tensor is made"]
+    gpu = replace(profile(1.0), machine=Machine("cuda", "a GPU", 1, {"torch": "2"}, 80 * 2**30, 2**29, 2**25))
+    assert machine_lines(gpu) == [
+        "\na GPU, torch 2",
+        "of 80.0 GiB, 480 MiB are gone before any tensor is made; matrix products keep 32.0 MiB as workspaces",
+    ]
     assert "figures of the CPU" in machine_lines(profile(1.0))[-1]
     assert machine_lines(None) == ["nothing was profiled"]

@@ -34,6 +34,8 @@ class StageFigures:
 
     `…_interval_ms` is half the 90 % interval of a prediction, null where the plan has none and of what was measured.
     `transfer_…_ms` are the sends and receives inside the times; those of a measured stage are what its plan charges.
+    `peak_memory_bytes` is what the allocator gave out at most, workspaces included; `device_memory_bytes` what is then
+    gone of a GPU, the context and what the allocator keeps for later included (null on a CPU).
     """
 
     forward_ms: float
@@ -49,6 +51,7 @@ class StageFigures:
     backward_interval_ms: float | None = None
     transfer_forward_ms: float = 0.0
     transfer_backward_ms: float = 0.0
+    device_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

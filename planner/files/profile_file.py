@@ -37,8 +37,9 @@ class ModelReference:
 class Machine:
     """Where something was measured, and with which versions.
 
-    `memory_bytes` is what one device has (null on a CPU, whose memory is shared); `reserved_bytes` of them are not the
-    allocator's to give: the device's context and libraries, and what fragmentation cost while profiling.
+    `memory_bytes` is what one device has (null on a CPU, whose memory is shared). Tensors cannot have `reserved_bytes`
+    of them: the device's context and libraries, what others use of it, and the `workspace_bytes` that matrix products
+    keep for themselves in the allocator.
     """
 
     device: str
@@ -47,6 +48,7 @@ class Machine:
     versions: dict[str, str]
     memory_bytes: int | None = None
     reserved_bytes: int = 0
+    workspace_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class SizeMemory:
     """What outlives its layer at one microbatch size, the bytes of a microbatch's inputs and of its targets.
 
     `temporaries_add`: the optimizer's temporaries of several layers exist at once; else one layer's at a time.
+    `fragmentation_bytes`: what the allocator took from a GPU for a step of the whole model beyond what was in use.
     """
 
     lifetimes: tuple[Lifetime, ...]
@@ -130,6 +133,7 @@ class SizeMemory:
     input_bytes: int
     target_bytes: int
     temporaries_add: bool
+    fragmentation_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

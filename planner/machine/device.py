@@ -30,6 +30,9 @@ ALLOCATOR_SETTINGS = {
 MAPPED_FROM_BYTES = 4 * 2**20
 
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
 class Device(Protocol):
     """A device that can time what runs on it."""
 
@@ -57,8 +60,17 @@ class Device(Protocol):
     def peak_memory_bytes(self) -> int | None:
         """The allocator's peak since the last reset; None where the device keeps none."""
 
-    def reserved_bytes(self) -> int:
-        """Memory that is gone before any tensor is made, and what fragmentation has cost so far."""
+    def empty_cache(self) -> None:
+        """Give back what the allocator keeps for later and nobody uses."""
+
+    def taken_bytes(self) -> int | None:
+        """What the allocator has taken from the device at most since the last reset, used or not; None as above."""
+
+    def context_bytes(self) -> int:
+        """What is gone of the device beside the allocator's share: context and libraries, and what others use."""
+
+    def workspace_bytes(self) -> int:
+        """What matrix products keep for themselves in the allocator, for as long as the process lives."""
 
 
 class CpuDevice:
@@ -93,8 +105,19 @@ class CpuDevice:
         """A CPU's allocator keeps no peak."""
         return None
 
-    def reserved_bytes(self) -> int:
+    def empty_cache(self) -> None:
+        """Nothing to give back."""
+
+    def taken_bytes(self) -> None:
+        """A CPU's allocator keeps no peak."""
+        return None
+
+    def context_bytes(self) -> int:
         """Nothing: a CPU's memory is given out by the byte."""
+        return 0
+
+    def workspace_bytes(self) -> int:
+        """Nothing: what an operation takes on a CPU it gives back."""
         return 0
 
 
@@ -140,14 +163,33 @@ class CudaDevice:
 
         return int(torch.cuda.max_memory_allocated(self.index))
 
-    def reserved_bytes(self) -> int:
-        """What the driver counts as used beyond the allocator's segments, and the largest unused share of those."""
+    def empty_cache(self) -> None:
+        """Give segments that are not in use back to the driver."""
+        import torch
+
+        torch.cuda.empty_cache()
+
+    def taken_bytes(self) -> int:
+        """`max_memory_reserved` since the last reset."""
+        import torch
+
+        return int(torch.cuda.max_memory_reserved(self.index))
+
+    def context_bytes(self) -> int:
+        """What the driver counts as used beyond the allocator's segments."""
         import torch
 
         free, total = torch.cuda.mem_get_info(self.index)
-        outside = total - free - torch.cuda.memory_reserved(self.index)
-        unused = torch.cuda.max_memory_reserved(self.index) - torch.cuda.max_memory_allocated(self.index)
-        return int(max(0, outside) + max(0, unused))
+        return max(0, int(total - free - torch.cuda.memory_reserved(self.index)))
+
+    def workspace_bytes(self) -> int:
+        """What cuBLAS has taken so far, found by letting it go: every thread that multiplies has a workspace."""
+        import torch
+
+        torch.cuda.synchronize(self.index)
+        before = torch.cuda.memory_allocated(self.index)
+        torch._C._cuda_clearCublasWorkspaces()
+        return max(0, int(before - torch.cuda.memory_allocated(self.index)))
 
 
 def choose_device(name: str | None, rank: int = 0) -> Device:
@@ -178,9 +220,15 @@ def describe_machine(device: Device) -> Machine:
     if device.clock == "cuda-event":
         properties = torch.cuda.get_device_properties(device.torch_device)
         versions["cuda"] = str(torch.version.cuda)
-        reserved = device.reserved_bytes()
+        context, workspaces = device.context_bytes(), device.workspace_bytes()
         return Machine(
-            "cuda", properties.name, torch.cuda.device_count(), versions, int(properties.total_memory), reserved
+            "cuda",
+            properties.name,
+            torch.cuda.device_count(),
+            versions,
+            int(properties.total_memory),
+            context + workspaces,
+            workspaces,
         )
     return Machine("cpu", _processor_name(), available_cores(), versions)
 
@@ -213,4 +261,11 @@ def worker_environment(device_kind: str, *, scarce_memory: bool = False) -> dict
             return {**ALLOCATOR_SETTINGS, **threads}
         kept = {name: value for name, value in ALLOCATOR_SETTINGS.items() if name != "MALLOC_MMAP_MAX_"}
         return {**kept, "MALLOC_MMAP_THRESHOLD_": str(MAPPED_FROM_BYTES), **threads}
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **_segments_that_grow()}
+
+
+def _segments_that_grow() -> dict[str, str]:
+    """The GPU allocator's setting under which little is lost to fragmentation, unless the user has set another."""
+    if any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        return {}
+    return {ALLOCATOR_VARIABLES[0]: "expandable_segments:True"}

@@ -31,7 +31,8 @@ class StageMemoryTable:
     def __init__(self, chain: Chain, num_microbatches: int, schedule: str, reserved_bytes: int = 0) -> None:
         assert chain.memory is not None
         self.chain, self.memory = chain, chain.memory
-        self.num_microbatches, self.schedule, self.reserved_bytes = num_microbatches, schedule, reserved_bytes
+        self.num_microbatches, self.schedule = num_microbatches, schedule
+        self.reserved_bytes = reserved_bytes + chain.memory.size.fragmentation_bytes
         self.num_layers = len(chain.ids)
         layers = self.memory.layers
         self.parameters = as_prefix(

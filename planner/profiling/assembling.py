@@ -48,7 +48,7 @@ class LayerCosts:
     """Of every layer its times; of every group of `optimizer_groups` the optimizer's time and memory.
 
     `drift` is the relative difference between the halves of the rounds, 0 for what was not measured; `periods` are
-    those of `SizeProfile`.
+    those of `SizeProfile`. Gradients and parameters lie in whole blocks of `block_bytes`.
     """
 
     times: Sequence[LayerTimes]
@@ -59,6 +59,7 @@ class LayerCosts:
     boundary: BoundaryCost = NO_COST
     drift: float = 0.0
     periods: tuple[float, ...] = ()
+    block_bytes: int = 1
 
 
 def measured_times(samples: LayerSamples) -> LayerTimes:
@@ -141,6 +142,7 @@ def size_profile(
             input_bytes=_tensor_bytes(microbatch.inputs),
             target_bytes=_tensor_bytes(microbatch.targets),
             temporaries_add=costs.temporaries_add,
+            fragmentation_bytes=step.fragmentation_bytes,
         ),
         dependencies=dependencies,
         periods=costs.periods,
@@ -151,7 +153,9 @@ def size_profile(
 
 def _layer_profiles(trace: Trace, pieces: Pieces, costs: LayerCosts, works: Sequence[Work]) -> tuple[LayerProfile, ...]:
     count, tied = len(trace.layers), trace.tied
-    memory: tuple[LayerMemory, ...] = layer_memory(pieces, costs.step, costs.optimizer[:count], list(tied))
+    memory: tuple[LayerMemory, ...] = layer_memory(
+        pieces, costs.step, costs.optimizer[:count], list(tied), costs.block_bytes
+    )
     found = []
     columns = (trace.layers, pieces.pieces, costs.times, works, costs.optimizer_ms[:count], memory)
     for layer, piece, times, work, optimizer_ms, sizes in zip(*columns, strict=True):

@@ -63,9 +63,10 @@ def count_work(
     fake = as_fake(mode, microbatch)
     values: dict[str, Any] = dict(zip(pieces.inputs, fake.inputs, strict=True))
     layers, trained, loss = [], [], None
+    device = next((value.device for value in fake.inputs), torch.device("cpu"))
     with mode, torch.random.fork_rng(devices=[]), pieces.trace.computing():
         for piece in pieces.pieces:
-            state = _fake_state(mode, piece)
+            state = _fake_state(mode, piece, device)
             with _Counter() as counter:
                 made = functional_call(piece.module, state, tuple(values[name] for name in piece.inputs))
             values.update(zip(piece.outputs, made, strict=True))
@@ -78,10 +79,10 @@ def count_work(
     return CountedWork(tuple(layers), tuple(trained), loss)
 
 
-def _fake_state(mode: FakeTensorMode, piece: Piece) -> dict[str, torch.Tensor]:
+def _fake_state(mode: FakeTensorMode, piece: Piece, device: torch.device) -> dict[str, torch.Tensor]:
     """Stand-ins for the weights and buffers of a piece, so that a layer that writes a buffer does not write ours."""
     state = [*piece.module.named_parameters(), *piece.module.named_buffers()]
-    return {name: mode.from_tensor(tensor) for name, tensor in state}
+    return {name: mode.from_tensor(tensor).to(device) for name, tensor in state}
 
 
 class _Counter:

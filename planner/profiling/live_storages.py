@@ -163,15 +163,23 @@ class EventMarks(Marks):
 
 
 class AllocatorMarks(Marks):
-    """Asks a GPU's allocator for its peak whenever a phase ends."""
+    """Asks a GPU's allocator for its peak whenever a phase ends, from when it has given back what nobody uses.
+
+    `fragmentation_bytes`: what it took from the GPU until the last phase ended, beyond what was in use at most.
+    """
 
     def __init__(self, device: Device) -> None:
-        self.device, self.phase, self.start = device, Phase(-1, "forward", -1), 0
+        device.empty_cache()
+        device.reset_peak_memory()
+        self.device, self.phase, self.start = device, Phase(-1, "forward", -1), device.peak_memory_bytes() or 0
         self.rising: dict[Phase, int] = {}
+        self.peak_bytes = self.fragmentation_bytes = 0
 
     def enter(self, phase: Phase) -> None:
         """What follows belongs to `phase`."""
-        peak = (self.device.peak_memory_bytes() or 0) - self.start
-        self.rising[self.phase] = max(self.rising.get(self.phase, 0), peak)
+        peak, taken = self.device.peak_memory_bytes() or 0, self.device.taken_bytes() or 0
+        self.rising[self.phase] = max(self.rising.get(self.phase, 0), peak - self.start)
+        self.peak_bytes = max(self.peak_bytes, peak)
+        self.fragmentation_bytes = max(0, taken - self.peak_bytes)
         self.device.reset_peak_memory()
         self.phase, self.start = phase, self.device.peak_memory_bytes() or 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ from planner.profiling.timing import Microbatch, clear_gradients
 from planner.tracing.crossing import copies_to_send
 from planner.tracing.pieces import OutputValue, Piece, Pieces
 
+CPU = torch.device("cpu")
+
 
 def track_step(
     pieces: Pieces,
@@ -44,7 +47,12 @@ def track_step(
     with _untied(pieces):
         live = LiveStorages(device.block_bytes)
         _track(live, pieces, both, loss_fn)
-        peaks = _with_allocator(live.phases, pieces, both, loss_fn, device)
+        if device.clock == "cuda-event":
+            marks = _asked_allocator(pieces, both, loss_fn, device)
+            peaks = {phase: found.raised_to(marks.rising.get(phase, 0)) for phase, found in live.phases.items()}
+            step = summarise_step(live, peaks, len(pieces.pieces))
+            return replace(step, fragmentation_bytes=marks.fragmentation_bytes)
+        peaks = _with_events(live.phases, pieces, both, loss_fn, device)
         return summarise_step(live, peaks, len(pieces.pieces))
 
 
@@ -53,8 +61,11 @@ def track_fake_step(
     microbatches: Sequence[Microbatch],
     loss_fn: Callable[[Any, Any], torch.Tensor],
     block_bytes: int = 1,
+    device: torch.device = CPU,
 ) -> StepMemory:
     """`track_step` of pieces whose weights are fake tensors, without any memory: no allocator has anything to say.
+
+    The weights say that they are where they were traced, on the CPU; what is followed is a step on `device`.
 
     Raises ProfileError where forward or the loss needs values.
     """
@@ -62,7 +73,7 @@ def track_fake_step(
     both = [as_fake(mode, microbatches[0]), as_fake(mode, microbatches[-1])]
     live = LiveStorages(block_bytes)
     try:
-        with mode, _untied(pieces):
+        with mode, _on(device, pieces), _untied(pieces):
             _track(live, pieces, both, loss_fn)
     except Exception as error:
         raise ProfileError(
@@ -72,6 +83,36 @@ def track_fake_step(
         ) from error
     peaks = {phase: found.peaks for phase, found in live.phases.items()}
     return summarise_step(live, peaks, len(pieces.pieces))
+
+
+@contextlib.contextmanager
+def _on(device: torch.device, pieces: Pieces) -> Iterator[None]:
+    """Fake weights on `device` in place of those of the trace."""
+    kinds: Iterator[dict[str, Any]] = (
+        kept
+        for piece in pieces.pieces
+        for part in piece.module.modules()
+        for kept in (part._parameters, part._buffers)
+    )
+    places = [
+        (kept, name, tensor)
+        for kept in kinds
+        for name, tensor in kept.items()
+        if isinstance(tensor, FakeTensor) and tensor.device != device
+    ]
+    moved = {id(tensor): _moved(tensor, device) for _, _, tensor in places}
+    try:
+        for kept, name, tensor in places:
+            kept[name] = moved[id(tensor)]
+        yield
+    finally:
+        for kept, name, tensor in places:
+            kept[name] = tensor
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    value = tensor.detach().to(device)
+    return torch.nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else value
 
 
 def fake_mode_of(pieces: Pieces) -> FakeTensorMode:
@@ -143,7 +184,20 @@ def _run_step(
     clear_gradients(pieces)
 
 
-def _with_allocator(
+def _asked_allocator(
+    pieces: Pieces,
+    both: Sequence[Microbatch],
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    device: Device,
+) -> AllocatorMarks:
+    """What a step takes from a GPU's allocator, operations' own buffers included."""
+    marks = AllocatorMarks(device)
+    _run_step(marks, pieces, both, loss_fn)
+    marks.enter(Phase(-1, "forward", -1))
+    return marks
+
+
+def _with_events(
     tracked: Mapping[Phase, PhaseBytes],
     pieces: Pieces,
     both: Sequence[Microbatch],
@@ -151,11 +205,6 @@ def _with_allocator(
     device: Device,
 ) -> dict[Phase, list[int]]:
     """The peaks by phase, raised to what a step takes from the allocator, operations' own buffers included."""
-    if device.clock == "cuda-event":
-        allocator = AllocatorMarks(device)
-        _run_step(allocator, pieces, both, loss_fn)
-        allocator.enter(Phase(-1, "forward", -1))
-        return {phase: found.raised_to(allocator.rising.get(phase, 0)) for phase, found in tracked.items()}
     marks = EventMarks()
     by_number = bytes_by_mark(memory_events(lambda: _run_step(marks, pieces, both, loss_fn)), MARK, device.block_bytes)
     seen = {marks.phases[int(number)]: phase for number, phase in by_number.items()}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from planner.files.profile_file import GradientLifetime, LayerMemory, Lifetime
+from planner.machine.phase_bytes import in_blocks
 from planner.profiling.live_storages import LiveStorages, Pass, Phase
 from planner.profiling.optimizer_memory import OptimizerMemory
 from planner.tracing.exporting import Trace
@@ -21,7 +22,8 @@ from planner.tracing.pieces import Piece, Pieces
 class StepMemory:
     """What one step showed: peaks by layer for the first and for later microbatches, and what outlives its layer.
 
-    The peaks are those of `LayerMemory`. `scattered` are the values whose gradient did not lie in one piece.
+    The peaks are those of `LayerMemory`. `scattered` are the values whose gradient did not lie in one piece,
+    `fragmentation_bytes` those of `SizeMemory`.
     """
 
     forward_peak_bytes: tuple[int, ...]
@@ -30,6 +32,7 @@ class StepMemory:
     lifetimes: tuple[Lifetime, ...]
     gradients: tuple[GradientLifetime, ...]
     scattered: frozenset[str] = frozenset()
+    fragmentation_bytes: int = 0
 
 
 def summarise_step(live: LiveStorages, peaks: Mapping[Phase, list[int]], num_layers: int) -> StepMemory:
@@ -90,9 +93,17 @@ class _HigherPeaks:
 
 
 def layer_memory(
-    pieces: Pieces, step: StepMemory, optimizer: Sequence[OptimizerMemory], tied: Sequence[str]
+    pieces: Pieces,
+    step: StepMemory,
+    optimizer: Sequence[OptimizerMemory],
+    tied: Sequence[str],
+    block_bytes: int = 1,
 ) -> tuple[LayerMemory, ...]:
-    """The memory of every layer; parameters in `tied` are left to the tied groups."""
+    """The memory of every layer; parameters in `tied` are left to the tied groups.
+
+    Gradients and buffers count as the blocks of `block_bytes` that hold them, and so does, among the buffers, what
+    parameters leave empty of theirs.
+    """
     saved = Counter[int]()
     for lifetime in step.lifetimes:
         if lifetime.freed_in == "backward":
@@ -107,8 +118,9 @@ def layer_memory(
                 saved_bytes=saved[index],
                 backward_peaks_bytes=step.backward_peaks_bytes[index],
                 backward_first_peaks_bytes=step.backward_first_peaks_bytes[index],
-                trainable_bytes=sum(p.numel() * p.element_size() for p in trainable),
-                buffer_bytes=_buffer_bytes(piece),
+                trainable_bytes=sum(in_blocks(p.nbytes, block_bytes) for p in trainable),
+                buffer_bytes=_buffer_bytes(piece, block_bytes)
+                + sum(in_blocks(p.nbytes, block_bytes) - p.nbytes for name, p in own.items() if name not in tied),
                 optimizer_state_bytes=optimizer[index].state_bytes,
                 optimizer_temporary_bytes=optimizer[index].temporary_bytes,
                 optimizer_left_bytes=optimizer[index].left_bytes,
@@ -124,9 +136,9 @@ def group_name(trace: Trace, number: int) -> str:
     return trace.layers[firsts[number]].id if number >= 0 else ""
 
 
-def _buffer_bytes(piece: Piece) -> int:
+def _buffer_bytes(piece: Piece, block_bytes: int) -> int:
     """Bytes of what a layer reads and does not train: buffers, and constants that forward names."""
     names = {str(node.target) for node in piece.module.graph.nodes if node.op == "get_attr"}
     values = [attribute(piece.module, name) for name in names]
     tensors = [v for v in values if isinstance(v, torch.Tensor) and not isinstance(v, torch.nn.Parameter)]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    return sum(in_blocks(tensor.untyped_storage().nbytes(), block_bytes) for tensor in tensors)

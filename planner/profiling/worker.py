@@ -16,7 +16,7 @@ from planner.machine.workers import as_worker
 
 if TYPE_CHECKING:
     from planner.errors import PlannerError
-    from planner.files.profile_file import Machine, ModelReference, SizeProfile
+    from planner.files.profile_file import Machine, ModelReference, Profile, SizeProfile
     from planner.machine.device import Device
     from planner.profiling.assembling import LayerCosts
     from planner.profiling.boundary import BoundaryCost
@@ -40,12 +40,10 @@ def main() -> None:
     import torch.distributed as dist
 
     from planner.files.reading import decode
-    from planner.machine.device import choose_device, describe_machine
-    from planner.profiling.opening import Opening
+    from planner.machine.device import choose_device
     from planner.profiling.profiler import REQUEST_SCHEMA, ProfileRequest
     from planner.tracing.loading import load_source
 
-    started = time.perf_counter()
     data = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     assert data.pop("schema") == REQUEST_SCHEMA
     request = decode(ProfileRequest, data, "request")
@@ -53,30 +51,40 @@ def main() -> None:
     device = choose_device(request.device, 0 if request.device else dist.get_rank())
     if device.clock == "thread-cpu":
         torch.set_num_threads(1)
-    source = load_source(request.model)
-    (exports, described), opening = _prepare(request, source, device), Opening(request.granularity, request.num_stages)
-    sizes = tuple(_profile_size(request, source, device, exports, opening, n) for n in request.microbatch_sizes)
+    profile = profile_here(request, load_source(request.model), device)
     if dist.get_rank() == 0:
-        seconds = time.perf_counter() - started
-        _write(request, source, sizes, described, describe_machine(device), seconds, exports.count)
+        profile.save(Path(sys.argv[2]))
 
 
-def _prepare(request: ProfileRequest, source: ModelSource, device: Device) -> tuple[SizeExports, ModelReference]:
-    """The model's graphs at every size, from one export where that is possible, and what is said of the model."""
+def profile_here(request: ProfileRequest, source: ModelSource, device: Device) -> Profile:
+    """The profile as this process sees it, together with the other copies of its group; the first one's counts."""
+    from planner.machine.device import describe_machine
+    from planner.profiling.opening import Opening
+
+    started = time.perf_counter()
+    (exports, described), opening = _prepare(request, source), Opening(request.granularity, request.num_stages)
+    sizes = tuple(_profile_size(request, source, device, exports, opening, n) for n in request.microbatch_sizes)
+    seconds = time.perf_counter() - started
+    return _profile(request, source, sizes, described, describe_machine(device), seconds, exports.count)
+
+
+def _prepare(request: ProfileRequest, source: ModelSource) -> tuple[SizeExports, ModelReference]:
+    """The model's graphs at every size, from one export where that is possible, and what is said of the model.
+
+    Whatever the device, it is exported on the CPU, as by the ranks that will run it: an export on a GPU can differ.
+    """
     from planner.profiling.assembling import describe_model
     from planner.tracing.deferred_model import build_either
-    from planner.tracing.loading import as_call, make_batch, on_device, rows
+    from planner.tracing.loading import as_call, make_batch, rows
     from planner.tracing.sizes import SizeExports
 
     model, deferred = build_either(source, request.seed, meta=request.meta)
     described = describe_model(source, model, meta=deferred is not None)
     inputs = make_batch(source, request.seed, 0, request.batch_size)[0]
-    if deferred is None:
-        model, inputs = model.to(device.torch_device), on_device(inputs, device.torch_device)
     return SizeExports(model, lambda size: as_call(rows(inputs, 0, size)), request.microbatch_sizes), described
 
 
-def _write(
+def _profile(
     request: ProfileRequest,
     source: ModelSource,
     sizes: tuple[tuple[Trace, SizeProfile], ...],
@@ -84,12 +92,12 @@ def _write(
     machine: Machine,
     seconds: float,
     count: ExportCount,
-) -> None:
+) -> Profile:
     from planner.files.profile_file import Profile, Tracing
     from planner.tracing.training_digest import training_digest
 
     traced = sizes[0][0]
-    Profile(
+    return Profile(
         model=described,
         machine=machine,
         precision=request.precision,
@@ -102,7 +110,7 @@ def _write(
         training=training_digest(source, traced.graph_module),
         tracing=Tracing(count.exports, count.seconds),
         granularity=request.granularity,
-    ).save(Path(sys.argv[2]))
+    )
 
 
 def _profile_size(
@@ -113,8 +121,6 @@ def _profile_size(
     from planner.tracing.exporting import read_trace
 
     model, deferred = build_either(source, request.seed, meta=request.meta)
-    if deferred is None:
-        model = model.to(device.torch_device)
     autocast_on = device.torch_device if request.precision == "bf16" else None
     trace = opening.before_timing(read_trace(exports.graph(size, model), model, autocast_on=autocast_on))
     profile = _time_trace(request, source, device, trace, size, meta=deferred is not None)
@@ -136,11 +142,13 @@ def _time_trace(
     from planner.tracing.loading import make_batch, on_device
     from planner.tracing.ordering import layer_dependencies
     from planner.tracing.pieces import build_pieces
-    from planner.tracing.rewriting import set_device
+    from planner.tracing.rewriting import set_device, views_of_any_layout
 
     batch = on_device(make_batch(source, request.seed, 0, request.batch_size), device.torch_device)
-    if meta:
-        set_device(trace.graph_module, device.torch_device)
+    views_of_any_layout(trace.graph_module)
+    set_device(trace.graph_module, device.torch_device)
+    if not meta:
+        trace.graph_module.to(device.torch_device)
     pieces = build_pieces(trace)
     microbatches = microbatches_of(batch, size, request.batch_size, pipeline=request.copies > 1 and not meta)
     measure = _measure_piecewise if meta else _measure_in_place
@@ -179,14 +187,14 @@ def _measure_in_place(
     else:
         samples = time_layers(pieces, microbatches, source.loss_fn, device, rounds, meet, num_parts=request.num_stages)
         boundary = NO_COST
-    optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS)
+    optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS, request.num_stages)
     step, memory = on_first_copy(
         lambda: (
             track_step(pieces, microbatches, source.loss_fn, device),
             track_optimizer(groups, parameters(), source.make_optimizer, device.block_bytes),
         )
     )
-    return _costs(samples, boundary, optimizer_ms, step, memory, rounds)
+    return _costs(samples, boundary, optimizer_ms, step, memory, rounds, device)
 
 
 def _measure_piecewise(
@@ -212,12 +220,12 @@ def _measure_piecewise(
     )
     step, memory = on_first_copy(
         lambda: (
-            track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes),
+            track_fake_step(pieces, microbatches, source.loss_fn, device.block_bytes, device.torch_device),
             track_optimizer_by_sample(groups, parameters(), source.make_optimizer, device.torch_device),
         )
     )
     boundary = measure_boundary(device)  # type: ignore[arg-type]  # mypy does not take a Protocol for hashable
-    return _costs(gathered(samples), boundary, optimizer_ms, step, memory, request.num_rounds)
+    return _costs(gathered(samples), boundary, optimizer_ms, step, memory, request.num_rounds, device)
 
 
 def _costs(
@@ -227,12 +235,14 @@ def _costs(
     step: StepMemory,
     optimizer: tuple[list[OptimizerMemory], bool],
     num_rounds: int,
+    device: Device,
 ) -> LayerCosts:
     from planner.profiling.assembling import LayerCosts, measured_times
     from planner.profiling.pooling import drift, periods
 
     times, changes = [measured_times(layer) for layer in samples], periods(samples, num_rounds)
-    return LayerCosts(times, optimizer_ms, *optimizer, step, boundary, drift(samples), changes)
+    block = device.block_bytes if device.clock == "cuda-event" else 1  # a CPU's events are of what was asked for
+    return LayerCosts(times, optimizer_ms, *optimizer, step, boundary, drift(samples), changes, block)
 
 
 def _explained(error: Exception, source: ModelSource) -> PlannerError:

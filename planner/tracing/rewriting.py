@@ -257,7 +257,7 @@ def _relay(
 def set_device(gm: fx.GraphModule, device: torch.device) -> None:
     """Let operations that name the device of the trace (as keyword or by position) name `device`; in place.
 
-    torch's own `build_stage` replaces the keyword `device` only.
+    torch's own `build_stage` replaces the keyword `device` only. Constants go there too, which `Module.to` leaves.
     """
     for node in gm.graph.nodes:
         if node.op == "call_function":
@@ -265,7 +265,28 @@ def set_device(gm: fx.GraphModule, device: torch.device) -> None:
             node.kwargs = tree_map(lambda a: device if isinstance(a, torch.device) else a, dict(node.kwargs))
             if isinstance(node.target, FunctionCall):
                 node.target = node.target.on(device)
+        elif node.op == "get_attr":
+            _move_constant(gm, str(node.target), device)
     gm.recompile()
+
+
+def views_of_any_layout(gm: fx.GraphModule) -> None:
+    """Let `view` be `reshape`, which copies where the layout needs it; in place, and not yet written as code.
+
+    Export writes a `reshape` as a `view` where the layout that it saw allows that. It saw a CPU: what attention or a
+    convolution makes lies otherwise on a GPU.
+    """
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+
+
+def _move_constant(gm: fx.GraphModule, name: str, device: torch.device) -> None:
+    path, _, last = name.rpartition(".")
+    owner = gm.get_submodule(path)
+    value = vars(owner).get(last)
+    if isinstance(value, torch.Tensor) and value.device != device:
+        setattr(owner, last, value.to(device))
 
 
 def _mark_stages(graph: fx.Graph, stage: dict[fx.Node, int], num_stages: int) -> None:

@@ -14,7 +14,7 @@ from planner.tracing.exporting import Trace, open_layers, read_trace
 from planner.tracing.functions import refuse_module_hooks, start_keeping, stop_keeping
 from planner.tracing.gradients import attribute
 from planner.tracing.ordering import positions_of, reorder
-from planner.tracing.rewriting import apply_cuts, canonical_names
+from planner.tracing.rewriting import apply_cuts, canonical_names, views_of_any_layout
 
 if TYPE_CHECKING:
     from planner.files.plan_file import Plan, TiedParameter
@@ -50,11 +50,12 @@ class SplitPolicy:
             raise TraceError(
                 f"the model's trace has fingerprint {got}, the plan was made for {expected}",
                 f"a plan holds for one model at microbatches of {self.plan.microbatch_size} samples",
-                "make the plan again, or give pipeline() one microbatch of that size",
+                "make the plan again, or give pipeline() one microbatch of that size, model and tensors on the CPU",
             )
         positions = cut_positions(self.trace, [cut.before for cut in self.plan.cuts], self.plan.order)
         if self.plan.order is not None:
             reorder(self.trace, self.plan.order)
+        views_of_any_layout(gm)
         apply_cuts(gm, positions)
         return gm
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.files.measurement_file import StepRecord
 from planner.files.plan_file import CurvePoint, Stage, StageMemory
@@ -89,7 +89,11 @@ def steps_chart(report: BalanceReport) -> str:
 
 
 def memory_chart(stages: Sequence[ComparedStage], planned: Sequence[Stage]) -> str | None:
-    """Peak memory per stage: predicted, stacked by part where the plan knows parts, and measured. None without any."""
+    """Peak memory per stage: predicted, stacked by part where the plan knows parts, and measured. None without any.
+
+    On a GPU it is what is gone of the device: the parts contain what is reserved there.
+    """
+    stages = [_with_reserves(stage) for stage in stages]
     peaks = [peak for s in stages for peak in (s.predicted_peak_bytes, s.measured_peak_bytes) if peak is not None]
     if not peaks:
         return None
@@ -119,6 +123,14 @@ def memory_chart(stages: Sequence[ComparedStage], planned: Sequence[Stage]) -> s
     pairs = [(format_bytes(s.predicted_peak_bytes), format_bytes(s.measured_peak_bytes)) for s in stages]
     label = "Peak memory: " + ", ".join(f"stage {i} predicted {p}, measured {m}" for i, (p, m) in enumerate(pairs))
     return drawing(WIDTH, top + len(stages) * row + 4, label, elements)
+
+
+def _with_reserves(stage: ComparedStage) -> ComparedStage:
+    if stage.measured_device_bytes is None:
+        return stage
+    return replace(
+        stage, predicted_peak_bytes=stage.predicted_device_bytes, measured_peak_bytes=stage.measured_device_bytes
+    )
 
 
 def _parts(memory: StageMemory) -> dict[str, int]:

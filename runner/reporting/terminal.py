@@ -11,6 +11,7 @@ from planner.rendering import (
     baseline_label,
     clean,
     counted,
+    format_bytes,
     format_column,
     format_ms,
     format_percent,
@@ -64,6 +65,7 @@ def figures(report: BalanceReport) -> list[tuple[str, str]]:
             f"{_pair(_ratio(report.predicted_balance), _ratio(report.measured_balance))} (largest ÷ mean load)",
         ),
         *(("instead", text) for text in [_alternatives(report)] if text),
+        *(("GPU memory", text) for text in [device_memory_words(report)] if text),
         *(("speed-up", speed_up_words(report.speed_up)) for _ in [0] if report.speed_up is not None),
         *(("check", check_words(report.check)) for _ in [0] if report.check is not None),
         *(("loss", text) for text in [loss_words(report)] if text),
@@ -73,6 +75,15 @@ def figures(report: BalanceReport) -> list[tuple[str, str]]:
         *(("start", start_words(report.start)) for _ in [0] if report.start is not None),
     ]
     return found
+
+
+def device_memory_words(report: BalanceReport) -> str:
+    """What is gone of each stage's GPU at its peak; empty on a CPU."""
+    pairs = [(stage.predicted_device_bytes, stage.measured_device_bytes) for stage in report.stages]
+    if any(measured is None for _, measured in pairs):
+        return ""
+    predicted, measured = (" / ".join(map(format_bytes, column)) for column in zip(*pairs, strict=True))
+    return f"{_pair(predicted, measured)} (stage by stage; with the context and what the allocator keeps for later)"
 
 
 def speed_up_words(speed_up: SpeedUp) -> str:
