@@ -19,10 +19,15 @@ def run(plan: Plan, folder: Path, *, steps: int, rehearse: bool) -> Measurement:
 
     Raises what made the run fail.
     """
+    arguments = arguments_for(plan, folder, steps=steps, rehearse=rehearse)
+    launch(parse_options(arguments), arguments)
+    return Measurement.load(folder / "measurement.json")
+
+
+def arguments_for(plan: Plan, folder: Path, *, steps: int, rehearse: bool) -> list[str]:
+    """The command line of such a run of `plan`, which is written to `folder`."""
     assert plan.model.file is not None, "a plan of a layer graph cannot be run"
     file = folder / "plan.json"
     replace(plan, model=replace(plan.model, file=str(Path(plan.model.file).resolve()))).save(file)
     arguments = [str(file), "--steps", str(steps), "--quiet", "--run-dir", str(folder)]
-    arguments += ["--rehearse"] if rehearse else []
-    launch(parse_options(arguments), arguments)
-    return Measurement.load(folder / "measurement.json")
+    return [*arguments, "--rehearse"] if rehearse else arguments

@@ -121,7 +121,7 @@ def measured_bytes(plan: Plan) -> list[int]:
     for step in range(MEMORY_STEP + 1):
         batch = make_batch(source, plan.seed, step, plan.num_microbatches * plan.microbatch_size)
         results = rehearse_step(stages, step, batch)
-    return [result.peak_memory_bytes or 0 for result in results]
+    return [result.memory.allocated_bytes if result.memory else 0 for result in results]
 
 
 def row(model: str, num_stages: int | str, schedule: str, peaks: Sequence[Peak]) -> str:

@@ -7,6 +7,7 @@ can be held against. A run whose drift exceeds 5 % is marked and made once more;
 summary. As many copies profile as workers then compute at once. Every figure is the machine's at that hour: read the
 drift before the errors. `step` is by the wall clock, where every worker has a core or a device of its own; what else
 runs on the machine is in it. `simulated` is the step of the measured stage times, which is what was predicted.
+`memory` is what the allocator gave out at most, `of GPU` what is then gone of a GPU, with context and fragmentation.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from statistics import median
 from benchmarks.measured_runs import EXAMPLES, ZOO, run
 from planner.errors import PlannerError
 from planner.files.measurement_file import Measurement
+from planner.files.plan_file import Plan
 from planner.files.profile_file import Profile
 from planner.intervals import with_repeat
 from planner.planning import plan_profile
@@ -39,7 +41,8 @@ MOST_DRIFT = 0.05
 MICROBATCHES = 8
 COLUMNS = "{:18} {:>2} {:6} {:>5}  {:9} {:>12} {:>12} {:>9} {:>9}  {:8} {}"
 HEADINGS = ("model", "K", "sched.", "stage", "what", "predicted", "measured", "error", "of share", "in 90 %", "drift")
-QUANTITIES = ("forward", "backward", "step", "simulated", "memory")
+QUANTITIES = ("forward", "backward", "optimizer", "step", "simulated", "memory", "of GPU")
+BYTES = ("memory", "of GPU")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +150,15 @@ class Bench:
         before = self.latest.get(num_stages) or self._profile(num_stages)
         request = PlanRequest(num_stages, microbatches=MICROBATCHES, schedule="1f1b" if schedule == "1f1b" else "gpipe")
         with tempfile.TemporaryDirectory(prefix="evenstage-prediction-") as folder:
-            run(plan_profile(before, request), Path(folder), steps=steps, rehearse=self.rehearse)
+            self._measure(plan_profile(before, request), Path(folder), steps)
             after = self._profile(num_stages)
             measurement = note_drift(Path(folder), before, after)
         self.latest[num_stages] = with_repeat(after, before)
         return Run(self.model.stem, num_stages, schedule, measurement.drift or 0.0, again, figures(measurement))
+
+    def _measure(self, plan: Plan, folder: Path, steps: int) -> None:
+        """Run the plan; its measurement lies in `folder` afterwards."""
+        run(plan, folder, steps=steps, rehearse=self.rehearse)
 
     def _profile(self, num_stages: int) -> Profile:
         return profile_model(
@@ -173,8 +180,11 @@ def figures(measurement: Measurement) -> tuple[Figure, ...]:
             Figure("forward", stage.index, before.forward_ms, after.forward_ms, scale, before.forward_interval_ms),
             Figure("backward", stage.index, before.backward_ms, after.backward_ms, scale, before.backward_interval_ms),
         ]
+        found.append(Figure("optimizer", stage.index, before.optimizer_ms, after.optimizer_ms, scale))
         if before.peak_memory_bytes is not None and after.peak_memory_bytes is not None:
             found.append(Figure("memory", stage.index, before.peak_memory_bytes, after.peak_memory_bytes))
+        if before.device_memory_bytes is not None and after.device_memory_bytes is not None:
+            found.append(Figure("of GPU", stage.index, before.device_memory_bytes, after.device_memory_bytes))
     step = measurement.step_ms
     stages = [each.measured for each in measurement.stages]
     times = [StageTimes(s.forward_ms, s.backward_ms, s.backward_first_ms, s.optimizer_ms) for s in stages]
@@ -197,7 +207,7 @@ def lines(made: Run) -> list[str]:
             figure.what,
             *(_amount(figure, value) for value in (figure.predicted, figure.measured)),
             f"{figure.error:+.1%}",
-            "" if figure.what == "memory" else f"{figure.share_error:+.1%}",
+            "" if figure.what in BYTES else f"{figure.share_error:+.1%}",
             {True: "inside", False: "outside", None: ""}[figure.inside],
             drift,
         )
@@ -206,7 +216,7 @@ def lines(made: Run) -> list[str]:
 
 
 def _amount(figure: Figure, value: float) -> str:
-    return f"{value / 2**20:.2f} MiB" if figure.what == "memory" else f"{value:.3f} ms"
+    return f"{value / 2**20:.2f} MiB" if figure.what in BYTES else f"{value:.3f} ms"
 
 
 def summary(runs: Sequence[Run]) -> list[str]:
@@ -229,7 +239,7 @@ def _errors(runs: Sequence[Run]) -> list[str]:
         if not chosen:
             continue
         text = f"  {what:9} {_median_and_worst(figure.error for figure in chosen)}"
-        if what == "memory":
+        if what in BYTES:
             under = sum(figure.measured > figure.predicted for figure in chosen)
             text += f"; predicted under the measured peak in {under} of {len(chosen)}"
         else:
