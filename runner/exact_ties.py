@@ -41,6 +41,11 @@ class ExactTies:
 
         return keep
 
+    def leave_device(self) -> None:
+        """Keep the parts on the host: in a rehearsal the next stage has the device to itself."""
+        for parts in self.parts.values():
+            parts[:] = [part.cpu() for part in parts]
+
     def restore(self) -> None:
         """After the schedule: put the gradient there as the pipeline alone would have left it."""
         for entry in self.held:

@@ -78,9 +78,15 @@ class RehearsedStage(Trainer):
             wall = time.perf_counter()
             self._watch(memory)(lambda: self._run_schedule(inputs))
             self.wall_ms = (time.perf_counter() - wall) * 1e3
-            self.sent.held.clear()
-            self.stage.clear_runtime_states()
-            self.targets, self.losses = [], [loss.detach().cpu() for loss in self.losses]
+            self._drop_what_the_next_step_would()
+
+    def _drop_what_the_next_step_would(self) -> None:
+        """Whatever a rank holds on to until its next step: here the next stage comes first, and has the device."""
+        self.sent.held.clear()
+        self.stage.clear_runtime_states()
+        self.targets, self.losses = [], [loss.detach().cpu() for loss in self.losses]
+        if self.ties is not None:
+            self.ties.leave_device()
 
     def finish(self, number: int, *, memory: bool) -> StepResult:
         """Let the optimizer step. In a step whose memory is measured nothing is timed."""
@@ -189,7 +195,7 @@ def sum_over_holders(entry: TiedParameter, holders: Sequence[RehearsedStage]) ->
     parameters = [dict(holder.stage.submod.named_parameters())[entry.name] for holder in holders]
     ties = [holder.ties for holder in holders if holder.ties is not None]
     if ties:
-        total = exact_sum([torch.stack([part.cpu() for part in tie.parts[entry.name]]) for tie in ties])
+        total = exact_sum([torch.stack(tie.parts[entry.name]) for tie in ties])
         if ties[0].mean:
             total.div_(ties[0].num_microbatches)
         for tie in ties:

@@ -98,6 +98,20 @@ def test_times_and_the_step_simulated_from_them_are_exact(alone, tmp_path, sched
     assert measured.stages[0].samples == 4  # step 2 of 4 microbatches; 0 warms up, 1 measures memory
 
 
+def test_a_stage_leaves_nothing_on_the_device_to_the_next(models, alone):
+    plan = plan_at(models / "skips.py", 4)
+    source, boundaries = load_source(str(plan.model.file)), Boundaries()
+    built = build_stages(plan, source, range(4), WorkingDevice())
+    stages = [RehearsedStage(plan, source, stage, WorkingDevice(), boundaries) for stage in built]
+    batch = make_batch(source, plan.seed, 0, plan.batch_size)
+    for stage in stages[:-1]:
+        stage.fill(batch)
+    for stage in reversed(stages):
+        stage.run(batch, memory=False)
+        assert not (stage.targets or stage.sent.held or stage.stage.output_chunks or stage.stage.fwd_cache)
+        assert stage.stage.is_last == bool(stage.losses) and not any(loss.requires_grad for loss in stage.losses)
+
+
 def test_stages_of_one_process_share_nothing(models, alone):
     plan = plan_at(models / "skips.py", 4)
     source = load_source(str(plan.model.file))
