@@ -149,6 +149,25 @@ def test_a_graph_that_saw_one_layout_runs_on_another():
     assert gm(as_on_a_cpu).data_ptr() == as_on_a_cpu.data_ptr(), "where the layout allows it, nothing is copied"
 
 
+class Written(torch.nn.Module):
+    def forward(self, heads):
+        flat = heads.transpose(1, 2).contiguous().view(2, 3, 8)
+        first = flat.view(2, 24)
+        flat.mul_(2.0)  # first sees it, unless it is a copy
+        return first + 1, flat.view(48)
+
+
+def test_a_view_that_is_written_to_later_stays_a_view():
+    given = torch.arange(48.0).reshape(2, 3, 2, 4).transpose(1, 2)
+    gm = torch.export.export(Written(), (given.clone(),)).module(check_guards=False)
+    views_of_any_layout(gm)
+    gm.recompile()
+    targets = [node.target for node in gm.graph.nodes]
+    assert targets.count(torch.ops.aten.view.default) == 2 and targets.count(torch.ops.aten.reshape.default) == 1
+    for got, expected in zip(gm(given.clone()), Written()(given.clone()), strict=True):
+        assert torch.equal(got, expected)
+
+
 class WithConstant(torch.nn.Module):
     def forward(self, x):
         return x + torch.tensor([1.0, 2.0])

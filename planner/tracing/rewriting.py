@@ -21,7 +21,7 @@ from planner.errors import TraceError
 from planner.tracing.code_frames import operation_frames, operation_module
 from planner.tracing.crossing import arrive, call, depart
 from planner.tracing.functions import FunctionCall, restore_functions
-from planner.tracing.gradients import needs_gradient
+from planner.tracing.gradients import aliased_arguments, needs_gradient
 from planner.tracing.state import (
     aliases_of_written_state,
     copy_written_inputs,
@@ -274,11 +274,18 @@ def views_of_any_layout(gm: fx.GraphModule) -> None:
     """Let `view` be `reshape`, which copies where the layout needs it; in place, and not yet written as code.
 
     Export writes a `reshape` as a `view` where the layout that it saw allows that. It saw a CPU: what attention or a
-    convolution makes lies otherwise on a GPU.
+    convolution makes lies otherwise on a GPU. A view that is written to later, or whose storage is, stays one: a copy
+    would miss the writing, silently.
     """
+    storage: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
+        for source, _ in aliased_arguments(node):
+            storage[node] = storage.get(source, source)
+    written: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if node.target is ATEN.view.default and storage[node] not in written:
+            node.target = ATEN.reshape.default
+        written.update(storage.get(source, source) for source, writes in aliased_arguments(node) if writes)
 
 
 def _move_constant(gm: fx.GraphModule, name: str, device: torch.device) -> None:
