@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import microbatches, prediction
-from benchmarks.gpu_first import machine_lines
+from benchmarks import gpu_first, microbatches, prediction
 from benchmarks.prediction import Bench, Figure, Run, figures, lines, summary
 from planner.files.measurement_file import Measurement
 from planner.files.profile_file import LayerProfile, Machine, ModelReference, Profile, SizeProfile
 from planner.planning import plan_profile
 from planner.request import PlanRequest
 from planner.scheduling.simulation import StageTimes
+from planner.tracing.loading import load_source
 from tests.sample_values import make_measurement_value
 
 MACHINE = Machine("cpu", "a clock", 1, {})
@@ -135,9 +135,16 @@ def test_counts_take_turns(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_a_device_keeps_for_itself_is_said():
     gpu = replace(profile(1.0), machine=Machine("cuda", "a GPU", 1, {"torch": "2"}, 80 * 2**30, 2**29, 2**25))
-    assert machine_lines(gpu) == [
+    assert gpu_first.machine_lines(gpu) == [
         "\na GPU, torch 2",
         "of 80.0 GiB, 480 MiB are gone before any tensor is made; matrix products keep 32.0 MiB as workspaces",
     ]
-    assert "figures of the CPU" in machine_lines(profile(1.0))[-1]
-    assert machine_lines(None) == ["nothing was profiled"]
+    assert "figures of the CPU" in gpu_first.machine_lines(profile(1.0))[-1]
+    assert gpu_first.machine_lines(None) == ["nothing was profiled"]
+
+
+def test_the_models_for_a_gpu_are_all_there_and_draw_batches():
+    assert set(gpu_first.MODELS) == {file.stem for file in gpu_first.FOLDER.glob("*.py")} - {"random_batches"}
+    for name in gpu_first.MODELS:
+        inputs, targets = load_source(str(gpu_first.FOLDER / f"{name}.py")).make_batch(2)
+        assert {len(tensor) for tensor in [*inputs.values(), targets]} == {2}

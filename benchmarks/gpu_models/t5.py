@@ -1,12 +1,12 @@
 """T5-small: an encoder whose last layer every layer of the decoder reads."""
 
-from typing import Any
-
 import torch
+from random_batches import word_loss, words
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 VOCABULARY, LENGTH = 32128, 256
+loss_fn = word_loss
 
 
 def build_model() -> nn.Module:
@@ -15,11 +15,7 @@ def build_model() -> nn.Module:
 
 
 def make_batch(batch_size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Random words, random answers, and the word behind each of those."""
-    tokens, answers = torch.randint(VOCABULARY, (2, batch_size, LENGTH))
-    return {"input_ids": tokens, "decoder_input_ids": answers}, answers.roll(-1, 1)
-
-
-def loss_fn(output: Any, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy."""
-    return nn.functional.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
+    """Random words, random answers to them, and the word behind each of the answers."""
+    answers, targets = words(batch_size, LENGTH, VOCABULARY)
+    question, _ = words(batch_size, LENGTH, VOCABULARY)
+    return {**question, "decoder_input_ids": answers["input_ids"]}, targets
