@@ -43,6 +43,25 @@ class Skip(nn.Module):
         return self.last(self.nothing(self.side(self.middle(kept))) + kept)
 
 
+class AddTo(Layer):
+    """A layer that adds what it has worked on to what it was given besides."""
+
+    def forward(self, x, kept):
+        return super().forward(x) + kept
+
+
+class Added(nn.Module):
+    """The last layer is given two values; the gradient of one of them is there before its backward has worked."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = Layer(1, 10), Layer(2, 20), AddTo(4, 40)
+
+    def forward(self, x):
+        kept = self.first(x)
+        return self.last(self.middle(kept), kept)
+
+
 class Frozen(nn.Module):
     """The first two layers have no backward."""
 

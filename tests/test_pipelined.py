@@ -34,6 +34,12 @@ def test_every_layer_is_timed_exactly_on_the_copy_that_runs_it(timed, copies):
     assert len(found[0]["layers"]["first"]["backward_ms"]) == 2 * (MICROBATCHES - 1)
 
 
+def test_a_gradient_that_is_early_at_the_boundary_takes_no_time_from_the_layers(timed):
+    found = timed("Added", 2)
+    assert exact(found, "backward_ms") == {"first": {10.0}, "middle": {20.0}, "last": {40.25}}
+    assert found[0]["boundary"] == {"forward_ms": 0.0, "backward_ms": 0.0}
+
+
 def test_frozen_layers_have_no_backward_on_a_copy_of_their_own(timed):
     found = timed("Frozen", 2)
     assert exact(found, "backward_ms") == {"frozen": {0.0}, "more": {0.0}, "last": {5.25}}

@@ -1,7 +1,8 @@
 """Stamps of one microbatch in one part of the graph: around every layer's forward, and where its backward begins.
 
 Autograd runs operations in the reverse order of their creation, so the first hook of a layer to fire marks the moment
-when the layers after it are done.
+when the layers after it are done. What a stage has received is different: its gradients are handed over as soon as they
+are there, a skip's long before the stage is done. There the last hook counts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class LayerClock:
         self.entries: dict[int, int] = {}
         self.marks: list[Any] = []
         self.handles: list[Any] = []
+        self.handed_over: tuple[int, Any] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -40,10 +42,12 @@ class LayerClock:
         self.spans.append(self.stamp())
         layer = self.num_layers - 1
         for value in made:
-            if first_seen(value, self) and value.requires_grad:
-                handle = value.register_hook(functools.partial(self.enter, layer))
-                if value.is_leaf:
-                    self.handles.append(handle)
+            if not first_seen(value, self) or not value.requires_grad:
+                continue
+            if value.is_leaf:
+                self.handles.append(value.register_hook(self._hand_over))
+            else:
+                value.register_hook(functools.partial(self.enter, layer))
         self.spans.append(self.stamp())
 
     def end(self) -> None:
@@ -56,8 +60,15 @@ class LayerClock:
             self.entries[layer] = len(self.marks)
             self.marks.append(self.stamp())
 
+    def _hand_over(self, _: Any) -> None:
+        """The gradient of something received is there: the first layer, in which it was, may be all that is left."""
+        self.handed_over = len(self.marks), self.stamp()
+
     def end_backward(self) -> None:
         """The backward of the first layer ends; a receive buffer is asked no more."""
+        if 0 not in self.entries and self.handed_over is not None and self.handed_over[0] == len(self.marks):
+            self.entries[0] = len(self.marks)
+            self.marks.append(self.handed_over[1])
         self.marks.append(self.stamp())
         for handle in self.handles:
             handle.remove()

@@ -1,20 +1,22 @@
-"""Stages of torch 2.11, made to do what those of later releases do.
+"""Stages of torch 2.11 and 2.12, made to do what those of later releases do.
 
 There a stage that receives integers fails: their receive buffers are told to require gradients, and gradients are
 expected for them. What has no gradient crosses as integers (`planner.tracing.crossing`), masks and token ids do anyway.
-A stage is prepared by one schedule only, and its outputs must have the strides of the trace, even in dimensions of one.
+On 2.11 a stage is also prepared by one schedule only, and its outputs must have the strides of the trace, even in
+dimensions of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 
 def as_of_later_torch(stage: Any) -> None:
-    """Let `stage`, a `PipelineStage` of torch 2.11, receive integers, be prepared anew, and send any layout."""
+    """Let `stage`, a `PipelineStage` of an older torch, receive integers, be prepared anew, and send any layout."""
     if hasattr(stage, "_get_grad_send_meta"):
         return
     _let_integers_cross(stage)
@@ -41,13 +43,15 @@ def _let_integers_cross(stage: Any) -> None:
         for info in infos:
             if _carries_gradient(info):
                 info.buffer.requires_grad_(trains)
+                if hasattr(info, "tensor_meta"):
+                    info.tensor_meta = replace(info.tensor_meta, requires_grad=trains)
         return infos
 
     def create_grad_recv_info(act_send_info: Any) -> Any:
         infos = gradients_from(act_send_info)
         for info in infos:
             if not _carries_gradient(info):
-                info.buffer = None
+                info.buffer = info.tensor_meta = None
         return infos
 
     def create_grad_send_info(args_recv_info: Sequence[Any]) -> list[int | None]:
