@@ -183,3 +183,13 @@ def test_samples_of_all_copies_are_pooled_round_by_round():
     assert periods(both, 2) == pytest.approx((1 / 3, -1 / 3))
     assert drift(both) == pytest.approx(0.5)
     assert periods(both, 1) == () and len(periods(both, 15)) == 4
+
+
+def test_nothing_is_collected_while_something_is_timed(monkeypatch):
+    collected = []
+    monkeypatch.setattr(timing.gc, "collect", lambda: collected.append(timing.gc.isenabled()))
+    with timing.without_collection():
+        with timing.without_collection():
+            assert not timing.gc.isenabled()
+        assert not timing.gc.isenabled()
+    assert collected == [True] and timing.gc.isenabled()
