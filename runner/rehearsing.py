@@ -83,7 +83,6 @@ class RehearsedStage(Trainer):
     def _drop_what_the_next_step_would(self) -> None:
         """Whatever a rank holds on to until its next step: here the next stage comes first, and has the device."""
         self.sent.held.clear()
-        self.stage.clear_runtime_states()
         self.targets, self.losses = [], [loss.detach().cpu() for loss in self.losses]
         if self.ties is not None:
             self.ties.leave_device()
