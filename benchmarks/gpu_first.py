@@ -85,7 +85,6 @@ class BenchHere(Bench):
         gc.collect()  # the profiled model is still there otherwise, and would count as the stage's
         options = parse_options([*arguments_for(plan, folder, steps=steps, rehearse=True), *flags])
         rehearse(RunContext(options, plan, load_source(str(self.model)), choose_device(None), 0))
-        gc.collect()
         return Measurement.load(folder / "measurement.json")
 
     def _measure(self, plan: Plan, folder: Path, steps: int) -> None:

@@ -76,10 +76,11 @@ def plan_at(
 
 
 def command(
-    *arguments: object, cwd: Path, module: str = "runner", timeout: float = 180
+    *arguments: object, cwd: Path, module: str = "runner", timeout: float = 180, gpu: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m module arguments…` in `cwd`, on the CPU."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    """`python -m module arguments…` in `cwd`, on the CPU unless it is told to use a `gpu`."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     line = [sys.executable, "-P", "-m", module, *map(str, arguments)]
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import functools
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from planner.files.plan_file import Plan
 from planner.files.profile_file import Profile
 from planner.machine.device import choose_device, describe_machine
 from planner.profiling.live_storages import AllocatorMarks, Phase
+from tests import running
 from tests.running import ROOT
 
 pytestmark = [
@@ -70,11 +69,7 @@ def loss_fn(output, targets):
 '''
 
 
-def command(*arguments, cwd, module="runner", timeout=300):
-    """`python -m module arguments…` in `cwd`, on the GPU."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    line = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+command = functools.partial(running.command, timeout=300, gpu=True)
 
 
 def test_the_parts_of_a_time_add_up():

@@ -52,14 +52,14 @@ def test_every_layer_is_timed_and_only_one_is_real(name, monkeypatch):
         return torch.optim.AdamW(parameters, lr=0.1)
 
     @contextlib.contextmanager
-    def watched(module, filler):
+    def watched(modules, replacement):
         left = [reference for reference in alive if reference() is not None]
         assert not left, "a layer is still real when the next one becomes so"
-        with real(module, filler) as parameters:
+        with real(modules, replacement) as parameters:
             yield parameters
 
-    real = piecewise._real
-    monkeypatch.setattr(piecewise, "_real", watched)
+    real = piecewise.replaced_state
+    monkeypatch.setattr(piecewise, "replaced_state", watched)
     samples, optimizer_ms = piecewise.time_pieces(
         pieces, microbatches, source.loss_fn, groups, make_optimizer, CpuDevice(), (2, 1)
     )

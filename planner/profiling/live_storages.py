@@ -169,11 +169,10 @@ class AllocatorMarks(Marks):
     """
 
     def __init__(self, device: Device) -> None:
-        device.empty_cache()
-        device.reset_peak_memory()
-        self.device, self.phase, self.start = device, Phase(-1, "forward", -1), device.peak_memory_bytes() or 0
-        self.rising: dict[Phase, int] = {}
+        self.device, self.rising = device, dict[Phase, int]()
         self.peak_bytes = self.fragmentation_bytes = 0
+        device.empty_cache()
+        self._begin(Phase(-1, "forward", -1))
 
     def enter(self, phase: Phase) -> None:
         """What follows belongs to `phase`."""
@@ -181,5 +180,8 @@ class AllocatorMarks(Marks):
         self.rising[self.phase] = max(self.rising.get(self.phase, 0), peak - self.start)
         self.peak_bytes = max(self.peak_bytes, peak)
         self.fragmentation_bytes = max(0, taken - self.peak_bytes)
+        self._begin(phase)
+
+    def _begin(self, phase: Phase) -> None:
         self.device.reset_peak_memory()
         self.phase, self.start = phase, self.device.peak_memory_bytes() or 0

@@ -25,6 +25,7 @@ from planner.machine.memory_events import bytes_by_mark, memory_events
 from planner.machine.phase_bytes import PhaseBytes
 from planner.profiling.first_seen import first_seen
 from planner.profiling.live_storages import MARK, AllocatorMarks, EventMarks, LiveStorages, Marks, Phase
+from planner.profiling.replaced_state import replaced_state
 from planner.profiling.step_memory import StepMemory, summarise_step
 from planner.profiling.timing import Microbatch, clear_gradients
 from planner.tracing.crossing import copies_to_send
@@ -72,8 +73,13 @@ def track_fake_step(
     mode = fake_mode_of(pieces)
     both = [as_fake(mode, microbatches[0]), as_fake(mode, microbatches[-1])]
     live = LiveStorages(block_bytes)
+
+    def moved(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        elsewhere = isinstance(tensor, FakeTensor) and tensor.device != device
+        return tensor.detach().to(device) if elsewhere else tensor
+
     try:
-        with mode, _on(device, pieces), _untied(pieces):
+        with mode, replaced_state([piece.module for piece in pieces.pieces], moved), _untied(pieces):
             _track(live, pieces, both, loss_fn)
     except Exception as error:
         raise ProfileError(
@@ -83,36 +89,6 @@ def track_fake_step(
         ) from error
     peaks = {phase: found.peaks for phase, found in live.phases.items()}
     return summarise_step(live, peaks, len(pieces.pieces))
-
-
-@contextlib.contextmanager
-def _on(device: torch.device, pieces: Pieces) -> Iterator[None]:
-    """Fake weights on `device` in place of those of the trace."""
-    kinds: Iterator[dict[str, Any]] = (
-        kept
-        for piece in pieces.pieces
-        for part in piece.module.modules()
-        for kept in (part._parameters, part._buffers)
-    )
-    places = [
-        (kept, name, tensor)
-        for kept in kinds
-        for name, tensor in kept.items()
-        if isinstance(tensor, FakeTensor) and tensor.device != device
-    ]
-    moved = {id(tensor): _moved(tensor, device) for _, _, tensor in places}
-    try:
-        for kept, name, tensor in places:
-            kept[name] = moved[id(tensor)]
-        yield
-    finally:
-        for kept, name, tensor in places:
-            kept[name] = tensor
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    value = tensor.detach().to(device)
-    return torch.nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else value
 
 
 def fake_mode_of(pieces: Pieces) -> FakeTensorMode:

@@ -8,8 +8,7 @@ Integers come from the user's own batch, since random ones might lie outside a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from planner.machine.device import Device
+from planner.profiling.replaced_state import replaced_state
 from planner.profiling.timing import WARM_UP_ROUNDS, LayerSamples, Microbatch, time_optimizer, without_collection
 from planner.tracing.pieces import Piece, Pieces
 
@@ -54,7 +54,7 @@ def time_pieces(
             meet(rounds[0] * index // len(pieces.pieces))
             last = index == len(pieces.pieces) - 1
             run = _PieceRun(pieces, piece, graded, device, filler, loss_fn if last else None)
-            with _real(piece.module, filler) as real:
+            with replaced_state([piece.module], filler.weight) as real:
                 samples.append(run.time(values, microbatches, rounds[0]))
                 run.advance(values, microbatches)
                 own = [[real[id(parameter)] for parameter in groups[index]]]
@@ -93,30 +93,6 @@ class _Filler:
             value = self.normal(like, WEIGHT_STD)
         strided = torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=self.device)
         return value if value.stride() == strided.stride() else strided.copy_(value)
-
-
-@contextmanager
-def _real(module: nn.Module, filler: _Filler) -> Iterator[dict[int, nn.Parameter]]:
-    """`module` with real tensors in place of its fake ones; yields the real parameter for the id of each fake one."""
-    entries = [
-        (kept, name, tensor, f"{path}.{name}")
-        for path, part in module.named_modules()
-        for kept in (part._parameters, part._buffers)
-        for name, tensor in kept.items()
-        if tensor is not None
-    ]
-    real: dict[int, Any] = {}
-    for kept, name, tensor, path in entries:
-        if id(tensor) not in real:
-            value = filler.weight(path, tensor)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            real[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
-        kept[name] = real[id(tensor)]
-    try:
-        yield real
-    finally:
-        for kept, name, tensor, _ in entries:
-            kept[name] = tensor
 
 
 class _PieceRun:

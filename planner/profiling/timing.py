@@ -243,48 +243,37 @@ def time_optimizer(
     On a GPU a step costs its launches, however many parameters it is for. What the groups cost one by one is therefore
     more than what they cost together; each keeps its share of `num_stages` such steps.
     """
-    optimizers = [make_optimizer([*group]) if group else None for group in groups]
-    samples: list[list[float]] = [[] for _ in groups]
-    for group in groups:
-        for parameter in group:
-            parameter.grad = torch.full_like(parameter, 1e-3)
+    parameters = [parameter for group in groups for parameter in group]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
     with without_collection():
-        for number in range(-1, num_rounds):
-            stamps = [device.stamp()]
-            for optimizer in optimizers:
-                if optimizer is not None:
-                    optimizer.step()
-                stamps.append(device.stamp())
-            if number >= 0:
-                _append(samples, device.elapsed_ms(stamps))
-        optimizers.clear()
-        on_gpu = device.clock == "cuda-event"
-        together_ms = _together_ms(groups, make_optimizer, device, num_rounds) if on_gpu else None
-    for group in groups:
-        for parameter in group:
-            parameter.grad = None
-    alone = [median(values) if values and group else 0.0 for values, group in zip(samples, groups, strict=True)]
-    return alone if together_ms is None else without_launches(alone, together_ms, num_stages)
+        found = _optimizer_ms(groups, make_optimizer, device, num_rounds)
+        if device.clock == "cuda-event":
+            (together_ms,) = _optimizer_ms([parameters], make_optimizer, device, num_rounds)
+            found = without_launches(found, together_ms, num_stages)
+    for parameter in parameters:
+        parameter.grad = None
+    return found
 
 
-def _together_ms(
+def _optimizer_ms(
     groups: Sequence[Sequence[torch.nn.Parameter]],
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     device: Device,
     num_rounds: int,
-) -> float:
-    """Milliseconds of one optimizer step over the parameters of all groups."""
-    parameters = [parameter for group in groups for parameter in group]
-    if not parameters:
-        return 0.0
-    optimizer, samples = make_optimizer(parameters), []
+) -> list[float]:
+    """Median milliseconds of a step over each group, one after the other; 0 for a group without parameters."""
+    optimizers = [make_optimizer([*group]) if group else None for group in groups]
+    samples: list[list[float]] = [[] for _ in groups]
     for number in range(-1, num_rounds):
         stamps = [device.stamp()]
-        optimizer.step()
-        stamps.append(device.stamp())
+        for optimizer in optimizers:
+            if optimizer is not None:
+                optimizer.step()
+            stamps.append(device.stamp())
         if number >= 0:
-            samples += device.elapsed_ms(stamps)
-    return median(samples)
+            _append(samples, device.elapsed_ms(stamps))
+    return [median(values) if values and group else 0.0 for values, group in zip(samples, groups, strict=True)]
 
 
 def without_launches(alone_ms: Sequence[float], together_ms: float, num_stages: int) -> list[float]:

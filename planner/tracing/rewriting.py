@@ -21,13 +21,15 @@ from planner.errors import TraceError
 from planner.tracing.code_frames import operation_frames, operation_module
 from planner.tracing.crossing import arrive, call, depart
 from planner.tracing.functions import FunctionCall, restore_functions
-from planner.tracing.gradients import aliased_arguments, needs_gradient
+from planner.tracing.gradients import needs_gradient
 from planner.tracing.state import (
     aliases_of_written_state,
     copy_written_inputs,
     name_state_as_torch_will,
     return_state_as_values,
+    storages,
     write_state_early,
+    writes,
 )
 
 ATEN = torch.ops.aten
@@ -277,15 +279,11 @@ def views_of_any_layout(gm: fx.GraphModule) -> None:
     convolution makes lies otherwise on a GPU. A view that is written to later, or whose storage is, stays one: a copy
     would miss the writing, silently.
     """
-    storage: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        for source, _ in aliased_arguments(node):
-            storage[node] = storage.get(source, source)
-    written: set[fx.Node] = set()
-    for node in reversed(gm.graph.nodes):
-        if node.target is ATEN.view.default and storage[node] not in written:
+    storage, position = storages(gm.graph), {node: index for index, node in enumerate(gm.graph.nodes)}
+    last_write = {owner: position[node] for node, owner in writes(gm.graph, storage)}
+    for node in position:
+        if node.target is ATEN.view.default and position[node] > last_write.get(storage[node], -1):
             node.target = ATEN.reshape.default
-        written.update(storage.get(source, source) for source, writes in aliased_arguments(node) if writes)
 
 
 def _move_constant(gm: fx.GraphModule, name: str, device: torch.device) -> None:
