@@ -48,7 +48,9 @@ CHECKED_STEPS = 2
 def main() -> None:
     """Parse the command line, rehearse, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {FOLDER.name} (default: {' '.join(MODELS)})")
+    parser.add_argument(
+        "models", nargs="*", type=_known, metavar="MODEL", help=f"of {FOLDER.name} (default: {' '.join(MODELS)})"
+    )
     parser.add_argument("--stages", type=int, nargs="+", default=[4], metavar="K")
     parser.add_argument("--schedules", nargs="+", choices=["gpipe", "1f1b"], default=["gpipe", "1f1b"])
     parser.add_argument("--steps", type=int, default=5, metavar="N")
@@ -75,6 +77,12 @@ def main() -> None:
     left = [f"no time for {', '.join(not_begun)}"] if not_begun else []
     print("\n".join([*left, f"took {time.perf_counter() - started:.0f} s"]))
     dist.destroy_process_group()
+
+
+def _known(name: str) -> str:
+    if name not in MODELS:
+        raise argparse.ArgumentTypeError(f"got {name!r}; it must be one of {', '.join(MODELS)}")
+    return name
 
 
 class BenchHere(Bench):

@@ -7,7 +7,9 @@ import torch
 
 from planner.profiling.boundary import NO_COST
 from planner.profiling.pipelined import Direction, StageSamples, put_together
-from tests.pipelined_copies import MICROBATCHES, Frozen, Skip, Structured, inputs_of, loss_of, times
+from planner.profiling.stage_optimizer import StageOptimizer, shared_out
+from tests.pipelined_copies import MICROBATCHES, Frozen, Skip, Structured, inputs_of, loss_of, make_optimizer, times
+from tests.working_clock import WorkingDevice
 
 SKIP = {"first": (1, 10), "middle": (2, 20), "side": (3, 30), "nothing": (0, 0), "last": (4.5, 40.25)}
 
@@ -55,6 +57,19 @@ def test_the_loss_is_the_last_layers_and_no_others(timed):
 def test_a_model_of_fewer_layers_than_copies_is_timed_by_some(timed):
     found = timed("One", 2)
     assert exact(found, "forward_ms") == {"only": {2.5}} and exact(found, "backward_ms") == {"only": {3.25}}
+
+
+@pytest.mark.parametrize(
+    ("name", "copies", "optimizer_ms"),
+    [("Skip", 2, [1.25, 0.75]), ("Skip", 3, [1.0, 0.75, 0.75]), ("Frozen", 2, [0.0, 0.75]), ("Structured", 2, None)],
+)
+def test_every_stages_optimizer_is_timed_after_its_backward(timed, name, copies, optimizer_ms):
+    found = timed(name, copies)
+    assert len(found[0]["starts"]) == copies and found[0]["starts"][0] == 0
+    if optimizer_ms is not None:
+        assert found[0]["optimizer_ms"] == pytest.approx(optimizer_ms)
+    else:
+        assert sum(found[0]["optimizer_ms"]) == pytest.approx(2 * 0.5 + 3 * 0.25), "both holders update the tied weight"
 
 
 def test_what_marks_cost_is_taken_off(tmp_path):
@@ -110,3 +125,25 @@ def test_a_stage_keeps_a_share_for_its_layers_however_small_it_is():
     tiny, large = direction(0.0, 0.5, 0.5, chunk_ms=1.0), direction(9.0, 1.0, 9.0, chunk_ms=19.0)
     layers, boundary = put_together([StageSamples(d, d) for d in (tiny, large)])
     assert boundary.forward_ms > 1.0 and layers[0].forward_ms == pytest.approx([0.1] * 3)
+
+
+def test_a_stages_optimizer_step_is_shared_out_among_its_layers_and_tied_parameters():
+    alone = [1.0, 3.0, 0.0, 4.0, 2.0]  # four layers, and a tied parameter of the first and the last
+    found = shared_out(alone, [0, 2], [(0, 3)], [12.0, 3.0])
+    assert found == pytest.approx([2.0, 6.0, 0.0, 2.0, 2.0 * (2.0 + 0.5) / 2])
+    assert shared_out(alone, [0, 2], [(0, 1)], [12.0, 8.0]) == pytest.approx([2.0, 6.0, 0.0, 8.0, 4.0])
+    assert shared_out([1.0, 0.0], [0, 1], [], [5.0, 0.0]) == [5.0, 0.0], "a stage without parameters has no step"
+
+
+def test_a_timed_optimizer_step_leaves_the_weights():
+    weight, frozen = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    weight.grad = torch.ones(3)
+    device = WorkingDevice()
+    optimizer = StageOptimizer([weight, frozen], make_optimizer, device)
+    for keep in (False, True, True):
+        optimizer.step(keep=keep)
+    assert optimizer.samples == [0.75, 0.75] and optimizer.taken_ms == 0.75
+    assert weight.tolist() == [1.0] * 3
+    nothing = StageOptimizer([frozen], make_optimizer, device)
+    nothing.step(keep=True)
+    assert nothing.taken_ms == 0.0

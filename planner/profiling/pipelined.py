@@ -5,7 +5,8 @@ own work on a chunk, which is most of a stage of half a millisecond, is paid whe
 where a layer runs, so the layers are timed where they will run, or nearly: in as many stages, of about even load.
 
 Marks between the layers slow what follows them, by some 20 µs each. So steps with marks, which tell the layers apart,
-alternate with steps without, which tell what the stage takes; the layers' times are scaled to that.
+alternate with steps without, which tell what the stage takes; the layers' times are scaled to that. After each the
+optimizer steps, as in training: so it is timed where it will run, and the next step finds the caches as it leaves them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from planner.profiling.boundary import BoundaryCost, shared
 from planner.profiling.layer_clock import LayerClock
 from planner.profiling.marked_graph import MarkedStages, even_starts, marked_stages, set_clock, without_marks
 from planner.profiling.pooling import on_first_copy
+from planner.profiling.stage_optimizer import StageOptimizer
 from planner.profiling.timing import LayerSamples, Microbatch, clear_gradients, load_ms_alone, without_collection
 from planner.tracing.older_stages import as_of_later_torch
 from planner.tracing.pieces import OutputValue, Pieces
@@ -39,11 +41,12 @@ def time_in_pipeline(
     pieces: Pieces,
     microbatches: Sequence[Microbatch],
     loss_fn: Callable[[Any, Any], torch.Tensor],
+    make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     device: Device,
     num_rounds: int,
     before_round: Callable[[int], None] = lambda _: None,
-) -> tuple[tuple[LayerSamples, ...], BoundaryCost]:
-    """Samples of every layer over `num_rounds` GPipe steps of all copies, and what a boundary cost besides; collective.
+) -> PipelineTimes:
+    """Samples of every layer over `num_rounds` GPipe steps of all copies, boundaries and optimizer besides; collective.
 
     Gradients are None at each step's start. `before_round` is called with the round's number before each. A copy for
     which there is no layer left only meets the others.
@@ -53,14 +56,28 @@ def time_in_pipeline(
         group, rank = dist.new_group(range(len(starts))), dist.get_rank()
         stage = None
         if rank < len(starts):
-            stage = StageOfLayers(pieces, marked_stages(pieces.trace, starts), loss_fn, device, rank, group)
+            stages = marked_stages(pieces.trace, starts)
+            stage = StageOfLayers(pieces, stages, loss_fn, make_optimizer, device, rank, group)
         for number in range(-WARM_UP_ROUNDS, num_rounds):
             before_round(number)
             if stage is not None:
                 stage.step(microbatches, marked=number % 2 == 0, keep=number >= 0)
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, stage and StageSamples(stage.forward, stage.backward))
-    return put_together([samples for samples in every if samples is not None])
+    own = stage and (StageSamples(stage.forward, stage.backward), stage.optimizer.taken_ms)
+    dist.all_gather_object(every, own)
+    found = [each for each in every if each is not None]
+    layers, boundary = put_together([samples for samples, _ in found])
+    return PipelineTimes(layers, boundary, starts, tuple(optimizer_ms for _, optimizer_ms in found))
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineTimes:
+    """Samples of every layer, what a boundary costs, and each stage's optimizer takes; stages begin at `starts`."""
+
+    layers: tuple[LayerSamples, ...]
+    boundary: BoundaryCost
+    starts: tuple[int, ...]
+    optimizer_ms: tuple[float, ...]
 
 
 def _agreed_starts(
@@ -154,6 +171,7 @@ class StageOfLayers:
         pieces: Pieces,
         stages: MarkedStages,
         loss_fn: Callable[[Any, Any], torch.Tensor],
+        make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
         device: Device,
         index: int,
         group: Any = None,
@@ -167,6 +185,7 @@ class StageOfLayers:
         as_of_later_torch(stage)
         self._attach(stage)
         self.stage = stage
+        self.optimizer = StageOptimizer(self.function.parameters(), make_optimizer, device)
         self.schedule: Any = None
         self.microbatches: Sequence[Microbatch] = ()
         self.clocks: dict[int, LayerClock] = {}
@@ -174,7 +193,7 @@ class StageOfLayers:
         self.forward, self.backward = Direction(), Direction()
 
     def step(self, microbatches: Sequence[Microbatch], *, marked: bool, keep: bool) -> None:
-        """One GPipe step, of which, with `keep`, the times are samples."""
+        """One step of training by GPipe, of which, with `keep`, the times are samples."""
         clear_gradients(self.pieces)
         if self.schedule is None:
             self.schedule = ScheduleGPipe(self.stage, len(microbatches), loss_fn=self._loss, scale_grads=False)
@@ -185,6 +204,7 @@ class StageOfLayers:
             inputs = [torch.cat(rows) for rows in zip(*(each.inputs for each in microbatches), strict=True)]
         target = torch.arange(len(microbatches)) if self.stage.is_last else None
         self.schedule.step(*inputs, target=target, return_outputs=False)
+        self.optimizer.step(keep=keep)
         if keep:
             for number in range(len(microbatches)):
                 self._keep(number, marked=marked)

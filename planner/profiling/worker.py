@@ -56,14 +56,22 @@ def main() -> None:
         profile.save(Path(sys.argv[2]))
 
 
-def profile_here(request: ProfileRequest, source: ModelSource, device: Device) -> Profile:
-    """The profile as this process sees it, together with the other copies of its group; the first one's counts."""
+def profile_here(
+    request: ProfileRequest, source: ModelSource, device: Device, before_round: Callable[[int], None] = lambda _: None
+) -> Profile:
+    """The profile as this process sees it, together with the other copies of its group; the first one's counts.
+
+    `before_round` is called with the round's number before each, once all copies have met.
+    """
     from planner.machine.device import describe_machine
     from planner.profiling.opening import Opening
 
     started = time.perf_counter()
     (exports, described), opening = _prepare(request, source), Opening(request.granularity, request.num_stages)
-    sizes = tuple(_profile_size(request, source, device, exports, opening, n) for n in request.microbatch_sizes)
+    sizes = tuple(
+        _profile_size(request, source, device, exports, opening, _Meeting(request, size, before_round))
+        for size in request.microbatch_sizes
+    )
     seconds = time.perf_counter() - started
     return _profile(request, source, sizes, described, describe_machine(device), seconds, exports.count)
 
@@ -114,24 +122,29 @@ def _profile(
 
 
 def _profile_size(
-    request: ProfileRequest, source: ModelSource, device: Device, exports: SizeExports, opening: Opening, size: int
+    request: ProfileRequest,
+    source: ModelSource,
+    device: Device,
+    exports: SizeExports,
+    opening: Opening,
+    meeting: _Meeting,
 ) -> tuple[Trace, SizeProfile]:
-    """Trace and time the model at one microbatch size."""
+    """Trace and time the model at the microbatch size of the meeting."""
     from planner.tracing.deferred_model import build_either
     from planner.tracing.exporting import read_trace
 
     model, deferred = build_either(source, request.seed, meta=request.meta)
     autocast_on = device.torch_device if request.precision == "bf16" else None
-    trace = opening.before_timing(read_trace(exports.graph(size, model), model, autocast_on=autocast_on))
-    profile = _time_trace(request, source, device, trace, size, meta=deferred is not None)
+    trace = opening.before_timing(read_trace(exports.graph(meeting.size, model), model, autocast_on=autocast_on))
+    profile = _time_trace(request, source, device, trace, meeting, meta=deferred is not None)
     opened = opening.after_timing(trace, [layer.forward_ms + layer.backward_ms for layer in profile.layers])
     if opened is not None:
-        trace, profile = opened, _time_trace(request, source, device, opened, size, meta=deferred is not None)
+        trace, profile = opened, _time_trace(request, source, device, opened, meeting, meta=deferred is not None)
     return trace, profile
 
 
 def _time_trace(
-    request: ProfileRequest, source: ModelSource, device: Device, trace: Trace, size: int, *, meta: bool
+    request: ProfileRequest, source: ModelSource, device: Device, trace: Trace, meeting: _Meeting, *, meta: bool
 ) -> SizeProfile:
     """Time the layers of a trace; `meta`: one at a time, for the model does not fit."""
     import torch.distributed as dist
@@ -144,7 +157,7 @@ def _time_trace(
     from planner.tracing.pieces import build_pieces
     from planner.tracing.rewriting import set_device, views_of_any_layout
 
-    batch = on_device(make_batch(source, request.seed, 0, request.batch_size), device.torch_device)
+    size, batch = meeting.size, on_device(make_batch(source, request.seed, 0, request.batch_size), device.torch_device)
     views_of_any_layout(trace.graph_module)
     set_device(trace.graph_module, device.torch_device)
     if not meta:
@@ -153,7 +166,7 @@ def _time_trace(
     microbatches = microbatches_of(batch, size, request.batch_size, pipeline=request.copies > 1 and not meta)
     measure = _measure_piecewise if meta else _measure_in_place
     try:
-        costs = measure(pieces, microbatches, source, device, request, _Meeting(request, size))
+        costs = measure(pieces, microbatches, source, device, request, meeting)
     except PlannerError:
         raise
     except Exception as error:
@@ -178,20 +191,25 @@ def _measure_in_place(
     from planner.profiling.optimizer_memory import track_optimizer
     from planner.profiling.pipelined import time_in_pipeline
     from planner.profiling.pooling import on_first_copy
+    from planner.profiling.stage_optimizer import shared_out
     from planner.profiling.timing import time_layers, time_optimizer
 
     groups, rounds = optimizer_groups(pieces.trace, pieces), request.num_rounds
     parameters = pieces.trace.graph_module.parameters
+    make_optimizer, tied = source.make_optimizer, [*pieces.trace.tied.values()]
     if request.copies > 1:
-        samples, boundary = time_in_pipeline(pieces, microbatches, source.loss_fn, device, rounds, meet)
+        found = time_in_pipeline(pieces, microbatches, source.loss_fn, make_optimizer, device, rounds, meet)
+        samples, boundary = found.layers, found.boundary
+        alone_ms = time_optimizer(groups, make_optimizer, device, OPTIMIZER_ROUNDS, request.num_stages)
+        optimizer_ms = shared_out(alone_ms, found.starts, tied, found.optimizer_ms)
     else:
         samples = time_layers(pieces, microbatches, source.loss_fn, device, rounds, meet, num_parts=request.num_stages)
         boundary = NO_COST
-    optimizer_ms = time_optimizer(groups, source.make_optimizer, device, OPTIMIZER_ROUNDS, request.num_stages)
+        optimizer_ms = time_optimizer(groups, make_optimizer, device, OPTIMIZER_ROUNDS, request.num_stages)
     step, memory = on_first_copy(
         lambda: (
             track_step(pieces, microbatches, source.loss_fn, device),
-            track_optimizer(groups, parameters(), source.make_optimizer, device.block_bytes),
+            track_optimizer(groups, parameters(), make_optimizer, device.block_bytes),
         )
     )
     return _costs(samples, boundary, optimizer_ms, step, memory, rounds, device)
@@ -264,10 +282,10 @@ def _explained(error: Exception, source: ModelSource) -> PlannerError:
 
 
 class _Meeting:
-    """Called before each round: all copies meet, and rank 0 says how far the profile is."""
+    """Called before each round at a size: all copies meet, and rank 0 says how far the profile is."""
 
-    def __init__(self, request: ProfileRequest, size: int) -> None:
-        self.request, self.size = request, size
+    def __init__(self, request: ProfileRequest, size: int, before_round: Callable[[int], None]) -> None:
+        self.request, self.size, self.before_round = request, size, before_round
 
     def __call__(self, number: int) -> None:
         import torch.distributed as dist
@@ -277,6 +295,7 @@ class _Meeting:
             done = self.request.microbatch_sizes.index(self.size) + max(number, 0) / self.request.num_rounds
             share = done / len(self.request.microbatch_sizes)
             Path(self.request.progress).write_text(f"{share:.4f} microbatches of {self.size}", encoding="utf-8")
+        self.before_round(number)
 
 
 if __name__ == "__main__":
