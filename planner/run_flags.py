@@ -49,13 +49,18 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="run the stages one after the other on one device, with real activations and gradients, and simulate the"
         " step from their measured times",
     )
+    group.add_argument(
+        "--drift",
+        metavar="PROFILE",
+        help="afterwards profile the model again, and say how far the machine drifted since PROFILE, the plan's own",
+    )
     group.add_argument("--run-dir", metavar="DIR", help="where the report goes (default runs/NAME-TIME)")
 
 
 def run_arguments(flags: argparse.Namespace) -> list[str]:
     """The flags of `add_run_flags` that were given, as a command line."""
     arguments: list[str] = []
-    for name in ("steps", "tolerance", "export_weights", "weights", "against", "tensorboard", "run_dir"):
+    for name in ("steps", "tolerance", "export_weights", "weights", "against", "tensorboard", "drift", "run_dir"):
         value = getattr(flags, name)
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from planner.command import guarded
-from planner.errors import UsageError
+from planner.errors import ToleranceError, UsageError
 from runner.options import RunOptions, parse_options
 
 
@@ -24,6 +24,7 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
     from planner.machine.device import worker_environment
     from planner.machine.workers import run_workers
     from planner.profiling.profiler import device_kind
+    from runner.drift import first_profile, measure_drift
     from runner.worker import model_of, open_weights
 
     plan = Plan.load(options.plan)
@@ -36,11 +37,22 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
     if options.stock:
         plan.split_spec()
     open_weights(options)
+    first = None if options.drift is None else first_profile(plan, options.drift)
     kind = device_kind(options.device)
     resolved = [*arguments, "--run-dir", str(options.run_dir)]
     num_workers = 1 if options.rehearse else plan.num_stages
     environment = worker_environment(kind, scarce_memory=options.meta or plan.model.meta)
-    run_workers(module, resolved, num_workers, environment)
+    outside = None
+    try:
+        run_workers(module, resolved, num_workers, environment)
+    except ToleranceError as error:
+        outside = error
+    if first is not None:
+        found = measure_drift(plan, first, options)
+        if not options.quiet:
+            print(found, flush=True)
+    if outside is not None:
+        raise outside
     return 0
 
 

@@ -29,6 +29,7 @@ class RunOptions:
     against: str | None
     tensorboard: Path | None
     rehearse: bool
+    drift: Path | None
     run_dir: Path
     quiet: bool
     debug: bool
@@ -85,6 +86,7 @@ def parse_options(arguments: list[str]) -> RunOptions:
         against=AGAINST[flags.against] if flags.against else None,
         tensorboard=Path(flags.tensorboard) if flags.tensorboard is not None else None,
         rehearse=flags.rehearse,
+        drift=Path(flags.drift) if flags.drift is not None else None,
         run_dir=run_dir,
         quiet=flags.quiet,
         debug=flags.debug,

@@ -58,10 +58,14 @@ def open_context(options: RunOptions) -> RunContext:
 
     from planner.files.plan_file import Plan
     from planner.machine.device import choose_device
+    from planner.machine.workers import ERROR_FOLDER
     from planner.tracing.loading import load_source
     from runner.checking import compute_exactly
     from runner.cli import refuse_bad_targets
 
+    if options.drift is not None and ERROR_FOLDER not in os.environ:
+        rule = "a second profile needs the devices that the workers hold until their end"
+        raise UsageError("--drift under another launcher", rule, "start it with run-plan")
     plan = Plan.load(options.plan)
     world, rank = _whole_from_environment("WORLD_SIZE"), _whole_from_environment("RANK")
     if options.rehearse and world != 1:

@@ -12,7 +12,7 @@ from planner.errors import ToleranceError, UsageError
 from planner.files.measurement_file import CheckResult, Measurement, SpeedUp, StartTimes
 from planner.files.reading import encode, write_text
 from planner.machine.device import describe_machine
-from runner.comparing import compare
+from runner.comparing import BalanceReport, compare
 from runner.gathering import build_measurement
 from runner.reporting.chrome_trace import render_chrome_trace
 from runner.reporting.page import render_html
@@ -22,6 +22,8 @@ from runner.training import StepResult
 from runner.verdict import to_plan_from
 
 if TYPE_CHECKING:
+    from planner.files.plan_file import Plan
+    from runner.options import RunOptions
     from runner.worker import RunContext
 
 
@@ -42,11 +44,9 @@ def write_run(
         context.plan, results, machine, clock, check, speed_up, reference, rehearsed=context.options.rehearse
     )
     measurement = replace(measurement, start=start)
-    plan = context.plan.seen_from_here(context.options.plan.parent)
     folder = context.options.run_dir
-    report = compare(plan, measurement, to_plan_from(folder / "measurement.json", measurement.name))
     write_measurement(folder, measurement)
-    write_text(folder / "report.html", render_html(report, plan, measurement))
+    report = write_report(context.options, context.plan, measurement)
     write_text(folder / "trace.json", render_chrome_trace(report))
     written = f"wrote {folder / 'report.html'}, measurement.json, metrics.jsonl, trace.json"
     tensorboard, name = context.options.tensorboard, run_name(folder)
@@ -62,6 +62,14 @@ def write_run(
             "with --tolerance every stage's share of forward and of backward must be predicted within it",
             "plan again with --fresh on a quieter machine, or allow more",
         )
+
+
+def write_report(options: RunOptions, plan: Plan, measurement: Measurement) -> BalanceReport:
+    """Hold the measurement against its plan, and write report.html."""
+    seen, folder = plan.seen_from_here(options.plan.parent), options.run_dir
+    report = compare(seen, measurement, to_plan_from(folder / "measurement.json", measurement.name))
+    write_text(folder / "report.html", render_html(report, seen, measurement))
+    return report
 
 
 def write_measurement(folder: Path, measurement: Measurement) -> None:

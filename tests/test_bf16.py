@@ -103,12 +103,12 @@ def test_a_precision_that_is_wrong_or_contradicts_is_refused(tmp_path: Path, cap
 def test_a_real_run_is_eager_autocast_and_needs_the_memory_that_was_predicted(tmp_path: Path) -> None:
     file = _in_bf16(MODELS / "convolutional.py", tmp_path)
     flags = ["--gpus", 3, file, "--microbatches", 4, "-o", "m.plan.json", "--precision", "bf16"]
-    flags += ["--train", "--check", "--steps", 3, "--run-dir", "run"]
+    flags += ["--train", "--check", "--steps", 3, "--run-dir", "run", "--drift", "m.profile.json"]
     result = command(*flags, cwd=tmp_path, module="planner", timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "bf16" in result.stdout
+    assert "bf16" in result.stdout and "drift of the machine since m.profile.json" in result.stdout
     measurement = json.loads((tmp_path / "run" / "measurement.json").read_text())
-    assert measurement["check"]["max_gradient_difference"] <= BF16_ROUNDING
+    assert measurement["check"]["max_gradient_difference"] <= BF16_ROUNDING and measurement["drift"] is not None
     for stage in measurement["stages"]:
         predicted, measured = (stage[kind]["peak_memory_bytes"] for kind in ("predicted", "measured"))
         assert 0.99 * measured <= predicted <= 1.1 * measured, stage["index"]
