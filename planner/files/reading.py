@@ -26,6 +26,8 @@ from planner.errors import FileError, UsageError
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_DEPTH = 32
+WRITE_AGAIN = "write the file again with the command that made it"
+WRITE_ANEW = f"{WRITE_AGAIN}, using this version"
 T = TypeVar("T")
 
 
@@ -53,21 +55,20 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
 
 def parse_json(text: str, schema: str, where: str) -> dict[str, Any]:
     """Like `read_json`, for text that is already at hand; `where` names it in errors."""
-    remedy = "write the file again with the command that made it"
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
     except FileError as error:
         raise FileError(f"{where}: {error.got}", error.rule, error.remedy) from None
     except (ValueError, RecursionError) as error:
         raise FileError(
-            f"{where} is not complete JSON: {error}", f"a file of schema {schema} is JSON", remedy
+            f"{where} is not complete JSON: {error}", f"a file of schema {schema} is JSON", WRITE_AGAIN
         ) from None
     if not isinstance(value, dict):
-        raise FileError(f"{where} holds {type(value).__name__}", f"schema {schema} is a JSON object", remedy)
+        raise FileError(f"{where} holds {type(value).__name__}", f"schema {schema} is a JSON object", WRITE_AGAIN)
     if value.get("schema") != schema:
         got = value.get("schema", "no schema")
         rule = f"this version reads {schema}"
-        raise FileError(f"{where} has schema {got!r}", rule, f"{remedy}, using this version")
+        raise FileError(f"{where} has schema {got!r}", rule, WRITE_ANEW)
     _refuse_deep_nesting(value, where)
     return value
 
@@ -155,7 +156,7 @@ def _decode_dataclass(cls: type, data: Any, where: str) -> Any:
             values[name] = _decode(_hints(cls)[name], data[name], f"{where}.{name}")
             _refuse_negative(name, values[name], f"{where}.{name}")
         elif not optional:
-            raise FileError(f"{where} has no {name!r}", f"{cls.__name__} needs it", "write the file again")
+            raise FileError(f"{where} has no {name!r}", f"{cls.__name__} needs it", WRITE_ANEW)
     return cls(**values)
 
 
@@ -182,7 +183,8 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
 def _expect(holds: bool, got: Any, rule: str, where: str) -> None:
     if not holds:
         shown = repr(got)
-        raise FileError(f"{where} is {shown[:80]}", f"it must be {rule}", "correct the value")
+        remedy = f"correct the value, or {WRITE_ANEW}"
+        raise FileError(f"{where} is {shown[:80]}", f"it must be {rule}", remedy)
 
 
 def encode(value: Any) -> Any:
