@@ -2,7 +2,7 @@
 #
 #   make demo      plan the example transformer for four stages, train it, and show how even it was
 #   make install   evenstage and its three commands, in .venv/bin
-#   make test      the tests
+#   make test      the tests, two files at a time
 #   make slow      the notebooks executed, the examples trained until they have learned
 #   make zoo       every model of the zoo planned and trained, the table in docs/zoo.md
 #   make exhaustive  what takes half an hour: every model of the zoo again as tests, a model larger than its limit
@@ -25,7 +25,7 @@ demo: $(VENV)/.installed-demo
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow and not exhaustive"
+	$(BIN)/python -m pytest -m "not slow and not exhaustive" -n 2 --dist loadfile
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

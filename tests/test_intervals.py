@@ -121,9 +121,9 @@ def test_nine_of_ten_later_measurements_lie_inside(seed, drift, noise, num_sizes
 
 
 @settings(max_examples=6, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0.01, 0.2), st.sampled_from([1, 4, 20]))
+@given(st.integers(0, 10**6), st.floats(0.01, 0.2), st.sampled_from([1, 4]))
 def test_samples_alone_give_intervals_of_about_ninety_per_cent(seed, noise, num_layers):
-    random, draws, inside = Random(seed), 400, 0
+    random, draws, inside = Random(seed), 2000, 0
     for _ in range(draws):
         found = [summarise([random.gauss(1.0, noise) for _ in range(45)]) for _ in range(num_layers)]
         predicted = sum(middle for middle, _ in found)
@@ -240,7 +240,7 @@ def test_a_drift_found_later_is_written_into_the_measurement(tmp_path: Path):
     assert note_drift(tmp_path, before, after).drift == pytest.approx(0.1)
     report = compare(plan, type(measured(plan, 1.0)).load(tmp_path / "measurement.json"))
     assert "drift of the machine +10 %" in " ".join(render_report(report).split())
-    with pytest.raises(FileError, match="in common"):
+    with pytest.raises(FileError, match="other models, machines, versions or sizes"):
         note_drift(tmp_path, before, replace(after, sizes=(replace(after.sizes[0], fingerprint="x"),)))
 
 
