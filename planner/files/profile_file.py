@@ -169,7 +169,7 @@ class TensorProfile:
     """A tensor that leaves its layer: indices into the layers, bytes forward, gradient bytes backward.
 
     One that is not `contiguous` is copied where a cut sends it. A gradient that was `gradient_scattered` in memory
-    arrives in one piece across a cut, so that the layer that made the tensor may copy it.
+    arrives in one piece across a cut, and the layer that made the tensor copies it.
     """
 
     name: str

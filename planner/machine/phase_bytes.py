@@ -11,20 +11,24 @@ from itertools import accumulate
 class PhaseBytes:
     """What a phase made and has alive: `alive` now, `peaks` at most between two freeings of what another phase made.
 
-    `freed` are the bytes of those freeings, in order: one fewer than there are peaks.
+    `freed` are the bytes of those freeings, in order: one fewer than there are peaks. `made` is all that it made.
 
     >>> phase = PhaseBytes()
     >>> phase.make(8); phase.free_own(6); before = phase.free_other(4); phase.make(3)
     >>> before, phase.peaks, phase.freed
     (0, [8, 5], [4])
+    >>> phase.made
+    11
     """
 
     alive: int = 0
+    made: int = 0
     peaks: list[int] = field(default_factory=lambda: [0])
     freed: list[int] = field(default_factory=list)
 
     def make(self, num_bytes: int) -> None:
         """The phase makes `num_bytes`."""
+        self.made += num_bytes
         self.alive += num_bytes
         self.peaks[-1] = max(self.peaks[-1], self.alive)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -47,11 +47,13 @@ class Storage:
 class LiveStorages(TorchDispatchMode):
     """Every storage that is made while the mode is on, with the phases it was made and freed in; bytes by phase.
 
-    `scattered` are the names of values whose gradient did not lie in one piece.
+    `scattered` are the names of values whose gradient did not lie in one piece; with `straight` their layers get a copy
+    that does, as from a receive buffer, and which counts for nothing.
     Where autograd would add a gradient into the storage of another, it makes a new one under the mode, which sees both.
     """
 
     block_bytes: int = 1
+    straight: bool = False
     phase: Phase | None = None
     storages: list[Storage] = field(default_factory=list)
     phases: dict[Phase, PhaseBytes] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class LiveStorages(TorchDispatchMode):
     _by_key: dict[int, Storage] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
     _now: PhaseBytes = field(default_factory=PhaseBytes)
+    _counts: bool = True
 
     def __post_init__(self) -> None:
         TorchDispatchMode.__init__(self)
@@ -80,13 +83,21 @@ class LiveStorages(TorchDispatchMode):
         """What was made and is alive."""
         return sum(storage.num_bytes for storage in self._by_key.values())
 
-    def note_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
-        """The gradient of the value `name`, which `layer` made, is complete."""
+    def hand_over(self, name: str, layer: int, gradient: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of the value `name`, which `layer` made, is complete; what the layer gets instead of it."""
         storage = self.find(gradient)
         if storage is not None:
             storage.gradient_of[layer] = gradient.nbytes
-        if not gradient.is_contiguous():
-            self.scattered.add(name)
+        if gradient.is_contiguous():
+            return None
+        self.scattered.add(name)
+        if not self.straight:
+            return None
+        self._counts = False
+        try:
+            return gradient.contiguous()
+        finally:
+            self._counts = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""
@@ -109,7 +120,7 @@ class LiveStorages(TorchDispatchMode):
         storage, key = tensor.untyped_storage(), _key(tensor)
         if key in self._by_key or key in self._known:
             return
-        record = Storage(in_blocks(storage.nbytes(), self.block_bytes), self.phase)
+        record = Storage(in_blocks(storage.nbytes(), self.block_bytes) if self._counts else 0, self.phase)
         self._by_key[key] = record
         self.storages.append(record)
         self._now.make(record.num_bytes)
@@ -142,24 +153,41 @@ class Marks(Protocol):
         """The record of a tensor's storage, where there is one."""
         return None
 
-    def note_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
-        """The gradient of a value is complete."""
-        return
+    def hand_over(self, name: str, layer: int, gradient: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of a value is complete; what its layer gets instead, if not the gradient as it is."""
+        return None
 
 
-MARK = "evenstage layer "
+MARK, ASIDE = "evenstage layer ", "aside"
 
 
 class EventMarks(Marks):
-    """Names every phase in the profile of a CPU."""
+    """Names every phase in the profile of a CPU; what is done to have a gradient `straight` belongs to none."""
 
-    def __init__(self) -> None:
-        self.phases: list[Phase] = []
+    def __init__(self, *, straight: bool = False) -> None:
+        self.phases, self.straight = list[Phase](), straight
 
     def enter(self, phase: Phase) -> None:
         """What follows belongs to `phase`."""
-        with torch.profiler.record_function(f"{MARK}{len(self.phases)}"):
-            self.phases.append(phase)
+        self.phases.append(phase)
+        self._mark_last()
+
+    def hand_over(self, name: str, layer: int, gradient: torch.Tensor) -> torch.Tensor | None:
+        """What the layer gets instead of the gradient."""
+        if not self.straight or gradient.is_contiguous():
+            return None
+        with torch.profiler.record_function(f"{MARK}{ASIDE}"):
+            copy = gradient.contiguous()
+        self._mark_last()
+        return copy
+
+    def _mark_last(self) -> None:
+        with torch.profiler.record_function(f"{MARK}{len(self.phases) - 1}"):
+            pass
+
+    def by_phase(self, by_mark: Mapping[str, PhaseBytes]) -> dict[Phase, PhaseBytes]:
+        """What was found between the marks, by phase."""
+        return {self.phases[int(mark)]: found for mark, found in by_mark.items() if mark != ASIDE}
 
 
 class AllocatorMarks(Marks):

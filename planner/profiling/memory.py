@@ -5,6 +5,9 @@ layer that made it is kept as a *lifetime* (made in layer a, last needed in laye
 together from layers exactly; what a layer has alive of its own is kept as peaks, apart from what it is given and frees,
 for a stage may have to keep that. The mode does not see what an operation takes and gives back inside itself (a
 convolution's buffers, workspaces): a second step is watched at the allocator, and the larger peaks of the two count.
+
+Where gradients did not lie in one piece, both steps are made once more with gradients that do, as behind a cut: a layer
+that then makes more, or rises further, copies what it gets.
 """
 
 from __future__ import annotations
@@ -53,8 +56,17 @@ def track_step(
             peaks = {phase: found.raised_to(marks.rising.get(phase, 0)) for phase, found in live.phases.items()}
             step = summarise_step(live, peaks, len(pieces.pieces))
             return replace(step, fragmentation_bytes=marks.fragmentation_bytes)
-        peaks = _with_events(live.phases, pieces, both, loss_fn, device)
-        return summarise_step(live, peaks, len(pieces.pieces))
+        seen = _events(pieces, both, loss_fn, device)
+        peaks = {p: found.raised_to_those_of(seen.get(p, PhaseBytes())) for p, found in live.phases.items()}
+        step = summarise_step(live, peaks, len(pieces.pieces))
+        if not live.scattered:
+            return step
+        straight = LiveStorages(device.block_bytes, straight=True)
+        _track(straight, pieces, both, loss_fn)
+        copying = _need_more(live.phases, straight.phases)
+        copying |= _need_more(seen, _events(pieces, both, loss_fn, device, straight=True))
+        producers = {tensor.name: tensor.producer for tensor in pieces.trace.tensors}
+        return replace(step, scattered=frozenset(name for name in live.scattered if producers.get(name) in copying))
 
 
 def track_fake_step(
@@ -173,18 +185,28 @@ def _asked_allocator(
     return marks
 
 
-def _with_events(
-    tracked: Mapping[Phase, PhaseBytes],
+def _events(
     pieces: Pieces,
     both: Sequence[Microbatch],
     loss_fn: Callable[[Any, Any], torch.Tensor],
     device: Device,
-) -> dict[Phase, list[int]]:
-    """The peaks by phase, raised to what a step takes from the allocator, operations' own buffers included."""
-    marks = EventMarks()
-    by_number = bytes_by_mark(memory_events(lambda: _run_step(marks, pieces, both, loss_fn)), MARK, device.block_bytes)
-    seen = {marks.phases[int(number)]: phase for number, phase in by_number.items()}
-    return {phase: found.raised_to_those_of(seen.get(phase, PhaseBytes())) for phase, found in tracked.items()}
+    *,
+    straight: bool = False,
+) -> dict[Phase, PhaseBytes]:
+    """What a step takes from a CPU's allocator by phase, operations' own buffers included."""
+    marks = EventMarks(straight=straight)
+    events = memory_events(lambda: _run_step(marks, pieces, both, loss_fn))
+    return marks.by_phase(bytes_by_mark(events, MARK, device.block_bytes))
+
+
+def _need_more(scattered: Mapping[Phase, PhaseBytes], straight: Mapping[Phase, PhaseBytes]) -> set[int]:
+    """The layers whose backward makes more, or rises further, where gradients lie in one piece."""
+    return {
+        phase.layer
+        for phase, found in straight.items()
+        if phase.direction == "backward" and phase in scattered
+        if found.made > scattered[phase].made or max(found.peaks) > max(scattered[phase].peaks)
+    }
 
 
 def _forward(
@@ -228,13 +250,14 @@ def _note_readers(marks: Marks, piece: Piece, made: Sequence[Any], readers: dict
 
 
 def _announce_backward(marks: Marks, phase: Phase, made: Iterable[tuple[str, Any]], entered: set[int]) -> None:
-    """Enter `phase` when backward first reaches something that the layer made, and note its gradients."""
+    """Enter `phase` when backward first reaches something that the layer made, and hand over its gradients."""
 
-    def enter(name: str, gradient: torch.Tensor) -> None:
-        marks.note_gradient(name, phase.layer, gradient)
+    def enter(name: str, gradient: torch.Tensor) -> torch.Tensor | None:
+        handed_over = marks.hand_over(name, phase.layer, gradient)
         if phase.layer not in entered:
             entered.add(phase.layer)
             marks.enter(phase)
+        return handed_over
 
     for name, value in made:
         if first_seen(value, entered) and value.requires_grad:

@@ -22,8 +22,8 @@ from planner.tracing.pieces import Piece, Pieces
 class StepMemory:
     """What one step showed: peaks by layer for the first and for later microbatches, and what outlives its layer.
 
-    The peaks are those of `LayerMemory`. `scattered` are the values whose gradient did not lie in one piece,
-    `fragmentation_bytes` those of `SizeMemory`.
+    The peaks are those of `LayerMemory`. `scattered` are the values whose gradient did not lie in one piece and whose
+    layer, as far as is known, copies one that does; `fragmentation_bytes` are those of `SizeMemory`.
     """
 
     forward_peak_bytes: tuple[int, ...]
