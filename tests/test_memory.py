@@ -13,7 +13,7 @@ from torch import nn
 from planner.files.profile_file import GradientLifetime, Lifetime
 from planner.machine.device import CpuDevice
 from planner.profiling.live_storages import LiveStorages
-from planner.profiling.memory import _track, track_step
+from planner.profiling.memory import track_step, track_storages
 from planner.profiling.optimizer_memory import track_optimizer
 from planner.profiling.timing import Microbatch
 from planner.tracing.exporting import trace_model
@@ -34,17 +34,48 @@ class Tied(nn.Module):
         return self.last(self.middle(self.first(x)))
 
 
-class Turned(nn.Module):
-    """Gradients come back transposed, and are turned before a norm, which copies what is not in one piece, and before a
-    product of matrices, which takes either.
-    """
+class Turn(nn.Module):
+    """A linear layer of the other dimension: the gradient of what it is given comes back transposed."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.mix, self.last = nn.LayerNorm(NARROW), nn.Linear(ROWS, ROWS), nn.ReLU()
+        self.weight = nn.Parameter(torch.ones(width, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.mix(self.norm(x).mT).mT)
+        return nn.functional.linear(x.mT, self.weight)
+
+
+class TurnBack(Turn):
+    """What it makes lies in one piece, but its gradient is wanted transposed: else it is copied before the product."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.mT + super().forward(x)).mT
+
+
+class Turned(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.LayerNorm(NARROW), Turn(ROWS), TurnBack(NARROW), Turn(NARROW))
+
+
+class Bias(nn.Module):
+    """Hands its gradient on as it is. The result lies in memory as the value does, or as the bias."""
+
+    def __init__(self, *, as_the_value: bool) -> None:
+        super().__init__()
+        self.weight, self.as_the_value = nn.Parameter(torch.ones(NARROW, ROWS)), as_the_value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight if self.as_the_value else self.weight + x
+
+
+class Biased(nn.Module):
+    def __init__(self, *, as_the_value: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(NARROW, NARROW), nn.Linear(ROWS, ROWS)
+        self.turned, self.bias = Bias(as_the_value=True), Bias(as_the_value=as_the_value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.bias(self.turned(self.first(x).mT)))
 
 
 def test_lifetimes_and_peaks_of_layers_by_hand() -> None:
@@ -70,15 +101,25 @@ def test_a_layer_that_returns_what_it_was_given_has_no_peak_of_its_own() -> None
 
 
 def test_a_layer_copies_a_gradient_in_one_piece_only_where_it_makes_more_of_it() -> None:
-    microbatch = Microbatch((torch.ones(1, ROWS, NARROW),), torch.zeros(1, ROWS, NARROW))
+    microbatch = Microbatch((torch.ones(2, ROWS, NARROW),), torch.zeros(2, ROWS, NARROW))
     pieces = build_pieces(trace_model(Turned(), microbatch.inputs, {}))
-    loss_fn = nn.functional.mse_loss
     live = LiveStorages()
-    _track(live, pieces, [microbatch, microbatch], loss_fn)
+    track_storages(live, pieces, [microbatch, microbatch], nn.functional.mse_loss)
     layers = {tensor.name: pieces.trace.layers[tensor.producer].id for tensor in pieces.trace.tensors}
-    assert {layers[name] for name in live.scattered} == {"norm", "mix"}
-    step = track_step(pieces, [microbatch], loss_fn, CpuDevice())
-    assert {layers[name] for name in step.scattered} == {"norm"}
+    assert {layers[name] for name in live.scattered} == {"0", "1", "2"}
+    step = track_step(pieces, [microbatch], nn.functional.mse_loss, CpuDevice())
+    assert {layers[name] for name in step.scattered} == {"2"}
+
+
+@pytest.mark.parametrize(("as_the_value", "views"), [(True, ["first", "turned"]), (False, [])])
+def test_a_gradient_is_returned_as_a_view_where_all_layouts_on_its_way_agree(
+    as_the_value: bool, views: list[str]
+) -> None:
+    microbatch = Microbatch((torch.ones(2, ROWS, NARROW),), torch.zeros(2, NARROW, ROWS))
+    pieces = build_pieces(trace_model(Biased(as_the_value=as_the_value), microbatch.inputs, {}))
+    step = track_step(pieces, [microbatch], nn.functional.mse_loss, CpuDevice())
+    made = {tensor.name: pieces.trace.layers[tensor.producer].id for tensor in pieces.trace.tensors}
+    assert sorted(made[name] for name in step.views) == views
 
 
 def test_a_tied_gradient_does_not_wait_for_the_other_layer() -> None:

@@ -117,10 +117,16 @@ def test_a_timeline_by_hand() -> None:
 
 def rises(gradients: tuple[GradientLifetime, ...], tensors: tuple[ChainTensor, ...], peaks: tuple[int, ...]) -> int:
     """How far the middle layer of three, a stage of its own, rises in a later backward."""
+    return middle_stage(gradients, tensors, peaks).backward_rise_bytes
+
+
+def middle_stage(
+    gradients: tuple[GradientLifetime, ...], tensors: tuple[ChainTensor, ...], peaks: tuple[int, ...]
+) -> StageBytes:
     layers = tuple(LayerMemory(0, 0, peaks, peaks, 0, 0, 0, 0) for _ in range(3))
     memory = ChainMemory(layers, SizeMemory((), gradients, 0, 0, False))
     chain = replace(make_chain([1.0] * 3, [1.0] * 3, tensors), memory=memory)
-    return StageMemoryTable(chain, 4, "gpipe").stage(1, 2).backward_rise_bytes
+    return StageMemoryTable(chain, 4, "gpipe").stage(1, 2)
 
 
 def tensor(name: str, producer: int, last: int, num_bytes: int, *, scattered: bool = False) -> ChainTensor:
@@ -144,6 +150,18 @@ def test_a_gradient_that_a_sum_hands_on_is_copied_for_each_value_before_the_stag
     assert rises((unread,), tensors, (130, 100)) == 130  # of the stage's own making: handed over
     read = replace(unread, reads=((1, 100),))
     assert rises((read,), tensors, (130, 100)) == 100 + 130
+
+
+def test_a_gradient_that_returns_as_a_view_of_its_buffer_takes_nothing() -> None:
+    arrived = GradientLifetime(2, 0, 100, 0, ((0, 100), (1, 100)), ((0, 100), (1, 100)))
+    x, total = tensor("x", 0, 1, 100), tensor("sum", 1, 2, 100)
+    copied = middle_stage((arrived,), (x, total), (30,))
+    viewed = middle_stage((arrived,), (replace(x, returns_view=True), total), (30,))
+    assert (copied.backward_rise_bytes, copied.sent_gradient_bytes) == (100 + 30, 100)
+    assert (viewed.backward_rise_bytes, viewed.sent_gradient_bytes) == (30, 0)
+    other = tensor("y", 0, 1, 10)
+    both = middle_stage((arrived,), (replace(x, returns_view=True), other, total), (30,))
+    assert (both.backward_rise_bytes, both.sent_gradient_bytes) == (100 + 30, 110)  # whose the bytes are is not known
 
 
 def test_a_gradient_that_lay_in_pieces_may_be_copied_where_it_arrives() -> None:

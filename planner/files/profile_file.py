@@ -169,7 +169,8 @@ class TensorProfile:
     """A tensor that leaves its layer: indices into the layers, bytes forward, gradient bytes backward.
 
     One that is not `contiguous` is copied where a cut sends it. A gradient that was `gradient_scattered` in memory
-    arrives in one piece across a cut, and the layer that made the tensor copies it.
+    arrives in one piece across a cut, and the layer that made the tensor copies it. One that came in a receive buffer
+    and is handed on unchanged goes back as a copy, but with `returns_view` as a view of that buffer.
     """
 
     name: str
@@ -179,6 +180,7 @@ class TensorProfile:
     gradient_bytes: int
     contiguous: bool = True
     gradient_scattered: bool = False
+    returns_view: bool = False
 
 
 @dataclass(frozen=True, slots=True)

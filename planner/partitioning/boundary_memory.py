@@ -11,10 +11,14 @@ from planner.partitioning.chain_costs import Chain, ChainTensor, crossing
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """A gradient that is made behind a cut and freed before it: what it gives to values that cross, each its bytes."""
+    """A gradient that is made behind a cut and freed before it: what it gives to values that cross, each its bytes.
+
+    `viewed_bytes` it gives to values whose gradient is a view of it, `given_bytes` to all others.
+    """
 
     gradient: GradientLifetime
     given_bytes: int
+    viewed_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +55,14 @@ def boundary_at(chain: Chain, size: SizeMemory, cut: int) -> Boundary:
 def _returned(gradient: GradientLifetime, crossing: Sequence[ChainTensor], cut: int) -> Returned:
     """A value's gradient is noted where it is complete; what is added to it before the cut is only known to be read."""
     noted = dict(gradient.gradient_of)
-    given = sum(noted.get(layer, 0) for layer in {tensor.producer for tensor in crossing})
+    producers = {tensor.producer for tensor in crossing}
+    given = sum(noted.get(layer, 0) for layer in producers)
+    copied = {tensor.producer for tensor in crossing if not tensor.returns_view}
+    viewed = sum(noted.get(layer, 0) for layer in producers - copied)
     others = [tensor for tensor in crossing if tensor.producer not in noted]
     added = 0
     for layer, num_bytes in gradient.reads:
         if layer < cut and layer not in noted:
             added += min(num_bytes, sum(tensor.gradient_bytes for tensor in others if tensor.producer < layer))
-    return Returned(gradient, given + min(added, sum(tensor.gradient_bytes for tensor in others)))
+    given += min(added, sum(tensor.gradient_bytes for tensor in others))
+    return Returned(gradient, given - viewed, viewed)

@@ -41,6 +41,7 @@ class ChainTensor:
     transfer_backward_ms: float
     contiguous: bool = True
     gradient_scattered: bool = False
+    returns_view: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ def build_layer_graph(size: SizeProfile, link: LinkCost = FREE) -> nx.DiGraph:
                 "gradient_bytes": tensor.gradient_bytes,
                 "contiguous": tensor.contiguous,
                 "gradient_scattered": tensor.gradient_scattered,
+                "returns_view": tensor.returns_view,
                 "transfer_forward_ms": link.tensor_transfer_ms(tensor.num_bytes),
                 "transfer_backward_ms": link.tensor_transfer_ms(tensor.gradient_bytes),
             }
@@ -153,6 +154,7 @@ def _chain_tensor(tensor: dict[str, Any], order: dict[Any, int]) -> ChainTensor:
         transfer_backward_ms=float(tensor.get("transfer_backward_ms", half)),
         contiguous=bool(tensor.get("contiguous", True)),
         gradient_scattered=bool(tensor.get("gradient_scattered", False)),
+        returns_view=bool(tensor.get("returns_view", False)),
     )
 
 

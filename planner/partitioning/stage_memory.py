@@ -112,7 +112,7 @@ class StageMemoryTable:
             forward_rise_bytes=max(self._forward_rise(start, stop), saved + copied),
             backward_first_rise_bytes=first + copied,
             backward_rise_bytes=later + copied,
-            sent_gradient_bytes=self.boundaries[start].gradient_bytes,
+            sent_gradient_bytes=self.boundaries[start].gradient_bytes - self._returned_views(start, stop),
             sent_activation_bytes=0 if stop == self.num_layers else copied + held,
             reserved_bytes=self.reserved_bytes,
         )
@@ -191,20 +191,29 @@ class StageMemoryTable:
         """What gradients that go to the stage before are at the peaks of `layers`, besides being alive as profiled.
 
         Autograd hands over a gradient that nothing else holds. One that its layers read for other gradients too, or
-        that lies in a receive buffer, it copies, once for every value before the stage, while the readers hold it.
+        that lies in a receive buffer, it copies, once for every value before the stage, while the readers hold it. What
+        it returns as a view is no copy, and what is viewed stays.
         """
         copies = np.zeros_like(layers)
         for returned in self.boundaries[start].returned:
             life, given = returned.gradient, returned.given_bytes
-            received = life.made >= stop
-            readers = [layer for layer, _ in life.reads + life.gradient_of * received if start <= layer < stop]
+            received, readers = life.made >= stop, _readers(life, start, stop)
             if not readers and received:
                 continue  # only relayed
-            counted = 0 if received else life.num_bytes
+            counted = 0 if received or returned.viewed_bytes else life.num_bytes
             copies[layers <= max(readers, default=life.made)] += max(0, given - counted)
             if readers:
                 copies[(layers >= min(readers)) & (layers <= max(readers))] += min(given, counted)
         return copies
+
+    def _returned_views(self, start: int, stop: int) -> int:
+        """Of the gradients that go to the stage before, those that lie in the receive buffers of this one."""
+        returned = self.boundaries[start].returned
+        return sum(
+            each.viewed_bytes
+            for each in returned
+            if each.gradient.made >= stop and _readers(each.gradient, start, stop)
+        )
 
     def peak(self, start: int, stop: int, index: int, num_stages: int) -> MemoryPoint:
         """The task of stage `index`, of layers `start` to `stop`, that needs most memory."""
@@ -214,6 +223,12 @@ class StageMemoryTable:
         """The peak of every stage of `cuts`."""
         bounds = list(pairwise((0, *cuts, self.num_layers)))
         return [self.peak(start, stop, index, len(bounds)) for index, (start, stop) in enumerate(bounds)]
+
+
+def _readers(gradient: GradientLifetime, start: int, stop: int) -> list[int]:
+    """The layers of a stage that read a gradient, or hand on one that they were given from behind the stage."""
+    known = gradient.reads + gradient.gradient_of * (gradient.made >= stop)
+    return [layer for layer, _ in known if start <= layer < stop]
 
 
 def as_prefix(values: Sequence[int] | Whole) -> Whole:

@@ -130,7 +130,14 @@ def size_profile(
         layers=_layer_profiles(trace, pieces, costs, works),
         tensors=tuple(
             TensorProfile(
-                t.name, t.producer, t.consumers, t.num_bytes, t.gradient_bytes, t.contiguous, t.name in step.scattered
+                name=t.name,
+                producer=t.producer,
+                consumers=t.consumers,
+                num_bytes=t.num_bytes,
+                gradient_bytes=t.gradient_bytes,
+                contiguous=t.contiguous,
+                gradient_scattered=t.name in step.scattered,
+                returns_view=t.name in step.views,
             )
             for t in trace.tensors
         ),

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from planner.machine.device import Device
 from planner.machine.phase_bytes import PhaseBytes, in_blocks
+from planner.tracing.crossing import WireForm
 
 Pass = Literal["forward", "backward"]
 
@@ -47,8 +48,9 @@ class Storage:
 class LiveStorages(TorchDispatchMode):
     """Every storage that is made while the mode is on, with the phases it was made and freed in; bytes by phase.
 
-    `scattered` are the names of values whose gradient did not lie in one piece; with `straight` their layers get a copy
-    that does, as from a receive buffer, and which counts for nothing.
+    `scattered` are the names of values whose gradient did not lie in memory as a receive buffer would have it; with
+    `straight` their layers get a copy that does, and which counts for nothing. `turned` are the values that travel with
+    their dimensions in another order. By name, `handed_on` are the layers that had the gradient's storage until then.
     Where autograd would add a gradient into the storage of another, it makes a new one under the mode, which sees both.
     """
 
@@ -58,6 +60,8 @@ class LiveStorages(TorchDispatchMode):
     storages: list[Storage] = field(default_factory=list)
     phases: dict[Phase, PhaseBytes] = field(default_factory=dict)
     scattered: set[str] = field(default_factory=set)
+    turned: set[str] = field(default_factory=set)
+    handed_on: dict[str, frozenset[int]] = field(default_factory=dict)
     _by_key: dict[int, Storage] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
     _now: PhaseBytes = field(default_factory=PhaseBytes)
@@ -83,21 +87,29 @@ class LiveStorages(TorchDispatchMode):
         """What was made and is alive."""
         return sum(storage.num_bytes for storage in self._by_key.values())
 
-    def hand_over(self, name: str, layer: int, gradient: torch.Tensor) -> torch.Tensor | None:
+    def hand_over(self, name: str, layer: int, gradient: torch.Tensor, form: WireForm) -> torch.Tensor | None:
         """The gradient of the value `name`, which `layer` made, is complete; what the layer gets instead of it."""
-        storage = self.find(gradient)
-        if storage is not None:
-            storage.gradient_of[layer] = gradient.nbytes
-        if gradient.is_contiguous():
+        if form.turned:
+            self.turned.add(name)
+        self._note_gradient(name, layer, gradient)
+        if form.holds(gradient):
             return None
         self.scattered.add(name)
         if not self.straight:
             return None
         self._counts = False
         try:
-            return gradient.contiguous()
+            copy = form.laid_out(gradient)
         finally:
             self._counts = True
+        self._note_gradient(name, layer, copy)
+        return copy
+
+    def _note_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
+        storage = self.find(gradient)
+        if storage is not None:
+            storage.gradient_of[layer] = gradient.nbytes
+            self.handed_on[name] = frozenset(storage.gradient_of)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""
@@ -153,7 +165,7 @@ class Marks(Protocol):
         """The record of a tensor's storage, where there is one."""
         return None
 
-    def hand_over(self, name: str, layer: int, gradient: torch.Tensor) -> torch.Tensor | None:
+    def hand_over(self, name: str, layer: int, gradient: torch.Tensor, form: WireForm) -> torch.Tensor | None:
         """The gradient of a value is complete; what its layer gets instead, if not the gradient as it is."""
         return None
 
@@ -172,12 +184,12 @@ class EventMarks(Marks):
         self.phases.append(phase)
         self._mark_last()
 
-    def hand_over(self, name: str, layer: int, gradient: torch.Tensor) -> torch.Tensor | None:
+    def hand_over(self, name: str, layer: int, gradient: torch.Tensor, form: WireForm) -> torch.Tensor | None:
         """What the layer gets instead of the gradient."""
-        if not self.straight or gradient.is_contiguous():
+        if not self.straight or form.holds(gradient):
             return None
         with torch.profiler.record_function(f"{MARK}{ASIDE}"):
-            copy = gradient.contiguous()
+            copy = form.laid_out(gradient)
         self._mark_last()
         return copy
 

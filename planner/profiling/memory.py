@@ -6,8 +6,8 @@ together from layers exactly; what a layer has alive of its own is kept as peaks
 for a stage may have to keep that. The mode does not see what an operation takes and gives back inside itself (a
 convolution's buffers, workspaces): a second step is watched at the allocator, and the larger peaks of the two count.
 
-Where gradients did not lie in one piece, both steps are made once more with gradients that do, as behind a cut: a layer
-that then makes more, or rises further, copies what it gets.
+Where gradients did not lie in memory as a receive buffer would have them, both steps are made once more with gradients
+that do: a layer that then makes more, or rises further, copies what it gets.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from planner.profiling.live_storages import MARK, AllocatorMarks, EventMarks, Li
 from planner.profiling.replaced_state import replaced_state
 from planner.profiling.step_memory import StepMemory, summarise_step
 from planner.profiling.timing import Microbatch, clear_gradients
-from planner.tracing.crossing import copies_to_send
+from planner.tracing.crossing import WireForm, copies_to_send, wire_form
 from planner.tracing.pieces import OutputValue, Piece, Pieces
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def track_step(
     both = [microbatches[0], microbatches[-1]]
     with _untied(pieces):
         live = LiveStorages(device.block_bytes)
-        _track(live, pieces, both, loss_fn)
+        track_storages(live, pieces, both, loss_fn)
         if device.clock == "cuda-event":
             marks = _asked_allocator(pieces, both, loss_fn, device)
             peaks = {phase: found.raised_to(marks.rising.get(phase, 0)) for phase, found in live.phases.items()}
@@ -58,15 +58,16 @@ def track_step(
             return replace(step, fragmentation_bytes=marks.fragmentation_bytes)
         seen = _events(pieces, both, loss_fn, device)
         peaks = {p: found.raised_to_those_of(seen.get(p, PhaseBytes())) for p, found in live.phases.items()}
-        step = summarise_step(live, peaks, len(pieces.pieces))
+        step = replace(summarise_step(live, peaks, len(pieces.pieces)), views=_views(live, live))
         if not live.scattered:
             return step
         straight = LiveStorages(device.block_bytes, straight=True)
-        _track(straight, pieces, both, loss_fn)
+        track_storages(straight, pieces, both, loss_fn)
         copying = _need_more(live.phases, straight.phases)
         copying |= _need_more(seen, _events(pieces, both, loss_fn, device, straight=True))
         producers = {tensor.name: tensor.producer for tensor in pieces.trace.tensors}
-        return replace(step, scattered=frozenset(name for name in live.scattered if producers.get(name) in copying))
+        scattered = frozenset(name for name in live.scattered if producers.get(name) in copying)
+        return replace(step, scattered=scattered, views=_views(live, straight))
 
 
 def track_fake_step(
@@ -92,7 +93,7 @@ def track_fake_step(
 
     try:
         with mode, replaced_state([piece.module for piece in pieces.pieces], moved), _untied(pieces):
-            _track(live, pieces, both, loss_fn)
+            track_storages(live, pieces, both, loss_fn)
     except Exception as error:
         raise ProfileError(
             f"the memory of the layers cannot be found without values: {type(error).__name__}: {error}".splitlines()[0],
@@ -145,7 +146,7 @@ def _untied(pieces: Pieces) -> Iterator[None]:
             setattr(owner, name, parameter)
 
 
-def _track(
+def track_storages(
     live: LiveStorages, pieces: Pieces, both: Sequence[Microbatch], loss_fn: Callable[[Any, Any], torch.Tensor]
 ) -> None:
     """Follow a step's storages in `live`."""
@@ -197,6 +198,18 @@ def _events(
     marks = EventMarks(straight=straight)
     events = memory_events(lambda: _run_step(marks, pieces, both, loss_fn))
     return marks.by_phase(bytes_by_mark(events, MARK, device.block_bytes))
+
+
+def _views(live: LiveStorages, straight: LiveStorages) -> frozenset[str]:
+    """Values whose gradient, where it came in a receive buffer and is only handed on, is a view of it.
+
+    Autograd does not copy what no other tensor is, and what travels turned reaches it as a new view; but it copies what
+    then does not lie as the value had come. Between the buffer and the value no layer may need another layout.
+    """
+    held = straight.turned - straight.scattered
+    return frozenset(
+        name for name in held if straight.handed_on.get(name, frozenset()) >= live.handed_on.get(name, frozenset())
+    )
 
 
 def _need_more(scattered: Mapping[Phase, PhaseBytes], straight: Mapping[Phase, PhaseBytes]) -> set[int]:
@@ -252,8 +265,8 @@ def _note_readers(marks: Marks, piece: Piece, made: Sequence[Any], readers: dict
 def _announce_backward(marks: Marks, phase: Phase, made: Iterable[tuple[str, Any]], entered: set[int]) -> None:
     """Enter `phase` when backward first reaches something that the layer made, and hand over its gradients."""
 
-    def enter(name: str, gradient: torch.Tensor) -> torch.Tensor | None:
-        handed_over = marks.hand_over(name, phase.layer, gradient)
+    def enter(name: str, form: WireForm, gradient: torch.Tensor) -> torch.Tensor | None:
+        handed_over = marks.hand_over(name, phase.layer, gradient, form)
         if phase.layer not in entered:
             entered.add(phase.layer)
             marks.enter(phase)
@@ -261,4 +274,4 @@ def _announce_backward(marks: Marks, phase: Phase, made: Iterable[tuple[str, Any
 
     for name, value in made:
         if first_seen(value, entered) and value.requires_grad:
-            value.register_hook(partial(enter, name))
+            value.register_hook(partial(enter, name, wire_form(value)))

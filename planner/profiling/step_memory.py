@@ -22,8 +22,9 @@ from planner.tracing.pieces import Piece, Pieces
 class StepMemory:
     """What one step showed: peaks by layer for the first and for later microbatches, and what outlives its layer.
 
-    The peaks are those of `LayerMemory`. `scattered` are the values whose gradient did not lie in one piece and whose
-    layer, as far as is known, copies one that does; `fragmentation_bytes` are those of `SizeMemory`.
+    The peaks are those of `LayerMemory`. `scattered` are the values whose gradient did not lie as in a receive buffer
+    and whose layer, as far as is known, copies one that does. `views` are those whose gradient is known to go back as a
+    view of the buffer in which it came. `fragmentation_bytes` are those of `SizeMemory`.
     """
 
     forward_peak_bytes: tuple[int, ...]
@@ -32,6 +33,7 @@ class StepMemory:
     lifetimes: tuple[Lifetime, ...]
     gradients: tuple[GradientLifetime, ...]
     scattered: frozenset[str] = frozenset()
+    views: frozenset[str] = frozenset()
     fragmentation_bytes: int = 0
 
 

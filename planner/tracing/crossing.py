@@ -30,6 +30,24 @@ class WireForm:
         """The permutation that undoes `order`."""
         return tuple(sorted(range(len(self.order)), key=lambda dimension: self.order[dimension]))
 
+    @property
+    def turned(self) -> bool:
+        """Whether the dimensions travel in another order than they have."""
+        return self.order != tuple(range(len(self.order)))
+
+    def holds(self, value: torch.Tensor) -> bool:
+        """Whether `value` lies in memory as it travels, in one piece.
+
+        >>> form = wire_form(torch.zeros(2, 3).T)
+        >>> form.holds(torch.zeros(3, 2)), form.holds(torch.zeros(2, 3).T)
+        (False, True)
+        """
+        return value.permute(self.order).is_contiguous()
+
+    def laid_out(self, value: torch.Tensor) -> torch.Tensor:
+        """`value`, copied where it does not lie in memory as it travels."""
+        return value.permute(self.order).contiguous().permute(self.inverse)
+
 
 def wire_form(example: torch.Tensor) -> WireForm:
     """How a tensor with the layout of `example` travels.
@@ -92,7 +110,7 @@ def depart(graph: fx.Graph, value: fx.Node, *, as_integers: bool, copied: bool =
     made = [value, call(graph, ATEN.clone.default, value)] if copied else [value]
     for dimension in form.repeated:
         made.append(call(graph, ATEN.slice.Tensor, made[-1], dimension, 0, 1))
-    if form.order != tuple(range(len(form.order))):
+    if form.turned:
         made.append(call(graph, ATEN.permute.default, made[-1], list(form.order)))
     made.append(call(graph, ATEN.contiguous.default, made[-1]))
     if as_integers:
@@ -107,7 +125,7 @@ def arrive(graph: fx.Graph, received: fx.Node, example: torch.Tensor) -> list[fx
     made = [received]
     if received.meta["val"].dtype != example.dtype:
         made.append(call(graph, ATEN.view.dtype, made[-1], example.dtype))
-    if form.order != tuple(range(len(form.order))):
+    if form.turned:
         made.append(call(graph, ATEN.permute.default, made[-1], list(form.inverse)))
     if form.repeated:
         made.append(call(graph, ATEN.expand.default, made[-1], list(example.shape)))
