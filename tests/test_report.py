@@ -17,7 +17,7 @@ from runner.comparing import compare
 from runner.reporting.charts import balance_chart, loss_chart, memory_chart, microbatch_chart, steps_chart
 from runner.reporting.gantt import Lane, gantt_chart
 from runner.reporting.page import render_html
-from runner.reporting.terminal import render_report
+from runner.reporting.terminal import computing_words, render_report
 from tests.sample_values import make_measurement_value, make_plan_value, sample_measurement, sample_plan
 
 GOLDEN = """\
@@ -99,6 +99,17 @@ def test_terminal_memory_and_wall_clock() -> None:
     measurement = replace(sample_measurement(plan), step_clock="wall", drift=None, check=None, speed_up=None)
     text = render_report(compare(plan, measurement), width=120)
     assert "measured 266 ms" in text
+    simulated_ms = compare(plan, measurement).measured.step_ms
+    assert computing_words(compare(plan, measurement)).startswith(
+        f"the measured stages alone make a step of {simulated_ms:.0f} ms ("
+    )
+    slow = replace(measurement, step_ms=replace(measurement.step_ms, measured=simulated_ms * 1.25))
+    assert f"; {simulated_ms / 4:.1f} ms, 20.0 % of the step, passes outside them" in computing_words(
+        compare(plan, slow)
+    )
+    quick = replace(measurement, step_ms=replace(measurement.step_ms, measured=simulated_ms * 0.9))
+    assert "outside" not in computing_words(compare(plan, quick))
+    assert computing_words(compare(plan, sample_measurement(plan))) == ""
     assert "drift of the machine not measured" in " ".join(text.split())
     assert "check" not in text
     assert "speed-up" not in text

@@ -32,6 +32,7 @@ from runner.reporting.charts import balance_chart, loss_chart, memory_chart, mic
 from runner.reporting.gantt import Lane, gantt_chart
 from runner.reporting.terminal import (
     check_words,
+    computing_words,
     interval_words,
     loss_words,
     scale_words,
@@ -224,6 +225,7 @@ def _provenance_rows(report: BalanceReport, plan: Plan, measurement: Measurement
         ("Seed", str(plan.seed)),
         ("Clock", report.clock_words),
         ("Wall clock", f"{format_ms(report.wall_step_ms)} per step here"),
+        *(("Computing", text) for text in [computing_words(report)] if text),
         ("Scale and drift", scale_words(report)),
         *(("Intervals", text) for text in [interval_words(report)] if text),
         *(("Start", start_words(report.start)) for _ in [0] if report.start is not None),

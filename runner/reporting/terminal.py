@@ -59,6 +59,7 @@ def figures(report: BalanceReport) -> list[tuple[str, str]]:
             f"predicted {format_ms(step.predicted)} · {taken} {format_ms(step.measured)}"
             f" ({format_percent(report.step_error, signed=True)}) · ideal {format_ms(step.ideal)}",
         ),
+        *(("computing", text) for text in [computing_words(report)] if text),
         ("bubble", _pair(format_percent(report.predicted_bubble), format_percent(report.measured_bubble))),
         (
             "balance",
@@ -75,6 +76,19 @@ def figures(report: BalanceReport) -> list[tuple[str, str]]:
         *(("start", start_words(report.start)) for _ in [0] if report.start is not None),
     ]
     return found
+
+
+def computing_words(report: BalanceReport) -> str:
+    """What of a step by the wall clock its stages account for, and what is left; empty where the step was simulated."""
+    if report.step_clock != "wall" or report.rehearsed:
+        return ""
+    stages, whole = report.measured.step_ms, report.step_ms.measured
+    change = stages / report.step_ms.predicted - 1 if report.step_ms.predicted > 0 else None
+    words = f"the measured stages alone make a step of {format_ms(stages)} ({format_percent(change, signed=True)})"
+    if whole <= stages:
+        return words
+    rest = f"{format_ms(whole - stages)}, {format_percent(1 - stages / whole)} of the step"
+    return f"{words}; {rest}, passes outside them: messages, waking up, and whatever else runs here"
 
 
 def device_memory_words(report: BalanceReport) -> str:
