@@ -95,6 +95,8 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
     if (flags.model is None) == (flags.profile is None):
         got = "neither a model file nor --profile" if flags.model is None else "a model file and --profile"
         raise UsageError(got, "a plan comes from one of the two", "for example: plan --gpus 4 model.py")
+    if flags.profile is not None and flags.fresh:
+        raise UsageError("--profile and --fresh", "one is used, or another is measured", "leave one of them out")
     if flags.objective is not None or flags.no_transfers or flags.cut_at is not None:
         raise UsageError("--objective, --no-transfers or --cut-at", "they go with --graph FILE", "leave them out")
     _refuse_untrained(flags)
@@ -128,7 +130,9 @@ def _plan_again(flags: argparse.Namespace) -> int:
 
     _refuse_untrained(flags)
     again = plan_again(flags, lambda path: with_model_file(Profile.load(path), path))
-    plan, output = again.plan, again.output if flags.output is None else Path(flags.output)
+    flags.profile = str(again.profile)
+    plan, output = again.plan, again.output if flags.output is None else _output(flags)
+    _refuse_bad_targets(flags, output)
     if plan.model.file is not None:
         plan = replace(plan, model=replace(plan.model, file=relative_to(plan.model.file, output.parent)))
     plan.save(output)
@@ -225,12 +229,16 @@ def _refuse_bad_targets(flags: argparse.Namespace, output: Path) -> None:
         targets[f"the {'estimate' if flags.estimate else 'profile'} {path}"] = path
     if flags.export_weights is not None:
         targets[f"--export-weights {flags.export_weights}"] = Path(flags.export_weights)
-    sources = [flags.profile, flags.graph, (flags.model or "").partition(":")[0]]
+    sources = [flags.profile, flags.graph, (flags.model or "").partition(":")[0], flags.links]
+    sources += flags.from_measurement or []
     inputs = {Path(name).resolve() for name in sources if name}
     for what, path in targets.items():
         if path.resolve() in inputs:
             raise UsageError(what, "the plan may not overwrite what it is made from", "name another file")
         refuse_unwritable(path, what)
+    own = profile_path(output, flags.estimate).resolve() if flags.model is not None else None
+    if flags.drift is not None and not Path(flags.drift).exists() and Path(flags.drift).resolve() != own:
+        raise UsageError(f"--drift {flags.drift}, which is no file", "it is the plan's own profile", "check the path")
     if flags.run_dir is not None:
         refuse_unwritable(Path(flags.run_dir), f"--run-dir {flags.run_dir}", folder=True)
 

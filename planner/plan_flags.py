@@ -6,6 +6,7 @@ import argparse
 import re
 
 from planner.files.plan_rules import MAX_SEED
+from planner.files.reading import MOST
 from planner.links_command import add_link_flags
 from planner.run_flags import add_run_flags, whole_number
 from planner.version import version
@@ -118,7 +119,8 @@ def _memory(text: str) -> int:
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     units |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", text.strip())
-    value = int(float(found[1]) * units.get(found[2], 0)) if found else 0
+    size = float(found[1]) * units.get(found[2], 0) if found else 0.0
+    value = int(size) if size <= MOST else 0
     if value <= 0:
         raise argparse.ArgumentTypeError(f"got {text!r}; it must be a size such as 24GiB, 80GB or 512MiB")
     return value

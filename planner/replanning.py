@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from planner.errors import FileError
@@ -92,6 +93,11 @@ def _run(size: SizeProfile, measurement: Measurement) -> MeasuredRun:
             "its cuts must be layers of the profile",
             "run the plan again with run-plan",
         )
-    return MeasuredRun(
-        tuple(order[cut] for cut in measurement.cuts), tuple(stage.measured for stage in measurement.stages)
-    )
+    cuts = tuple(order[cut] for cut in measurement.cuts)
+    if any(before >= after for before, after in pairwise((0, *cuts))):
+        raise FileError(
+            f"{what} cut before {', '.join(measurement.cuts)}",
+            "cuts stand in program order, and every stage holds at least one layer",
+            "run the plan again with run-plan",
+        )
+    return MeasuredRun(cuts, tuple(stage.measured for stage in measurement.stages))

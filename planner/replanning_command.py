@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PlannedAgain:
-    """A plan made again, the text that shows it, and the file that it goes to by default."""
+    """A plan made again, the text that shows it, the file that it goes to by default, and that of its profile."""
 
     plan: Plan
     text: str
     output: Path
+    profile: Path
 
 
 def plan_again(flags: argparse.Namespace, load_profile: Callable[[Path], Profile]) -> PlannedAgain:
@@ -38,14 +39,15 @@ def plan_again(flags: argparse.Namespace, load_profile: Callable[[Path], Profile
     _refuse_other_sources(flags)
     measurements = [Measurement.load(path) for path in flags.from_measurement]
     newest = measurements[-1]
-    file = Path(f"{newest.name}.profile.json" if flags.profile is None else flags.profile)
+    name = Path(newest.name).name
+    file = Path(f"{name}.profile.json" if flags.profile is None else flags.profile)
     if not file.exists():
         raise UsageError(
             f"no profile in {file}",
             "a measurement corrects the profile that its plan was made from",
             "give it with --profile FILE",
         )
-    profile, output = load_profile(file), Path(f"{newest.name}.replanned.plan.json")
+    profile, output = load_profile(file), Path(f"{name}.replanned.plan.json")
     request = linked(flags, _request(flags, newest), profile, output)
     found = replan(profile, measurements, request)
     text = "\n\n".join(
@@ -55,7 +57,7 @@ def plan_again(flags: argparse.Namespace, load_profile: Callable[[Path], Profile
             render_plan(found.plan, found.profile, limit_line=limit_line(found.plan, found.profile)),
         ]
     )
-    return PlannedAgain(found.plan, text, output)
+    return PlannedAgain(found.plan, text, output, file)
 
 
 def _request(flags: argparse.Namespace, newest: Measurement) -> PlanRequest:
@@ -70,6 +72,7 @@ def _request(flags: argparse.Namespace, newest: Measurement) -> PlanRequest:
         plain=flags.plain,
         seed=flags.seed,
         schedule=newest.schedule if flags.schedule == "gpipe" else flags.schedule,
+        memory_bytes=flags.memory,
     )
 
 
@@ -84,6 +87,8 @@ def _refuse_other_sources(flags: argparse.Namespace) -> None:
         "--objective": flags.objective,
         "--cut-at": flags.cut_at,
         "--precision": flags.precision,
+        "--granularity": flags.granularity,
+        "--draw": flags.draw,
     }
     if wrong := [name for name, value in given.items() if value is not None]:
         raise UsageError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from planner.errors import UsageError
 from planner.files.links_file import LinkCost, LinkFit
 from planner.files.plan_file import charged
-from planner.files.plan_rules import MAX_SEED
+from planner.files.plan_rules import MAX_SEED, MOST_MICROBATCHES
 from planner.files.profile_file import Granularity, Profile
 from planner.scheduling.simulation import too_few_microbatches
 
@@ -86,7 +87,8 @@ def resolve_precision(model: str, request: PlanRequest) -> Literal["fp32", "bf16
 def candidate_counts(batch_size: int, request: PlanRequest) -> tuple[int, ...]:
     """Microbatch counts to consider: the divisors of the batch from the number of stages up, or the one asked for.
 
-    Fewer microbatches than stages leave more than 43 % of the time idle and are left out while there are others.
+    Fewer microbatches than stages leave more than 43 % of the time idle and are left out while there are others. Raises
+    UsageError where none is left.
 
     >>> candidate_counts(16, PlanRequest(gpus=4))
     (4, 8, 16)
@@ -98,16 +100,34 @@ def candidate_counts(batch_size: int, request: PlanRequest) -> tuple[int, ...]:
                 "microbatches are of equal size",
                 f"use --microbatches {_nearest_divisor(batch_size, request.microbatches)} or another --batch-size",
             )
+        if request.microbatches > MOST_MICROBATCHES:
+            raise _too_many_microbatches(batch_size, request.microbatches)
         return (request.microbatches,)
-    divisors = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
-    enough = tuple(count for count in divisors if count >= request.gpus)
+    enough = tuple(count for count in divisors_of(batch_size) if request.gpus <= count <= MOST_MICROBATCHES)
     if not enough and request.schedule == "1f1b":
         raise too_few_microbatches(batch_size, request.gpus)
+    if not enough and batch_size > MOST_MICROBATCHES:
+        raise _too_many_microbatches(batch_size, batch_size)
     return enough or (batch_size,)
 
 
+def _too_many_microbatches(batch_size: int, count: int) -> UsageError:
+    got = f"a batch of {batch_size:,} in {count:,} microbatches"
+    return UsageError(got, f"a step has at most {MOST_MICROBATCHES:,} microbatches", "use another --batch-size")
+
+
+def divisors_of(number: int) -> list[int]:
+    """All divisors of `number`, in order.
+
+    >>> divisors_of(12), divisors_of(9)
+    ([1, 2, 3, 4, 6, 12], [1, 3, 9])
+    """
+    small = [count for count in range(1, isqrt(number) + 1) if number % count == 0]
+    return sorted({*small, *(number // count for count in small)})
+
+
 def _nearest_divisor(batch_size: int, wanted: int) -> int:
-    divisors = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
+    divisors = divisors_of(batch_size)
     return min(divisors, key=lambda count: abs(count - wanted))
 
 

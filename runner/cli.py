@@ -37,7 +37,7 @@ def launch(options: RunOptions, arguments: Sequence[str], module: str = "runner"
     if options.stock:
         plan.split_spec()
     open_weights(options)
-    first = None if options.drift is None else first_profile(plan, options.drift)
+    first = None if options.drift is None else first_profile(plan, options.drift, options.device)
     kind = device_kind(options.device)
     resolved = [*arguments, "--run-dir", str(options.run_dir)]
     num_workers = 1 if options.rehearse else plan.num_stages

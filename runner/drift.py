@@ -16,15 +16,26 @@ if TYPE_CHECKING:
     from runner.options import RunOptions
 
 
-def first_profile(plan: Plan, path: Path) -> Profile:
-    """The profile in `path`, at the size that `plan` was made for. Raises where it is not the plan's own."""
+def first_profile(plan: Plan, path: Path, device: str | None = None) -> Profile:
+    """The profile in `path`, at the size that `plan` was made for.
+
+    Raises UsageError where it is not the plan's own, or was made on another machine than that of `device`.
+    """
+    from planner.machine.device import choose_device, describe_machine
+
     profile = Profile.load(path)
     remedy = "name the profile that the plan was made from"
     if profile.estimated is not None:
         raise UsageError(f"--drift {path}, which is an estimate", "what was not measured cannot be repeated", remedy)
-    if plan.model.fingerprint not in {size.fingerprint for size in profile.sizes}:
+    size = profile.size(plan.microbatch_size)
+    if plan.model.fingerprint != size.fingerprint:
         raise UsageError(f"--drift {path}, which is of another model", "the drift is that since the profile", remedy)
-    return replace(profile, sizes=(profile.size(plan.microbatch_size),))
+    machine = describe_machine(choose_device(device))
+    if (profile.machine.device_name, profile.machine.versions) != (machine.device_name, machine.versions):
+        rule = "the drift is that of one machine and its software"
+        got = f"--drift {path}, which was made on another machine or with other versions"
+        raise UsageError(got, rule, "profile the model again here, with plan --fresh")
+    return replace(profile, sizes=(size,))
 
 
 def profile_again(first: Profile, plan: Plan, options: RunOptions) -> Profile:

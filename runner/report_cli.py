@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from planner.files.plan_file import Plan
     from planner.files.profile_file import Profile
 
+SHOWN = "plan-report shows files that plan and run-plan wrote"
 KINDS = ("plan", "profile", "measurement", "layer-graph")
 
 
@@ -47,6 +48,9 @@ def run(flags: argparse.Namespace) -> int:
     """Render the files as asked. Raises UsageError for a combination that cannot be shown."""
     from planner.files.reading import write_text
 
+    if flags.output is not None and Path(flags.output).resolve() in {Path(name).resolve() for name in flags.files}:
+        rule = "the report may not overwrite what it is made from"
+        raise UsageError(f"-o {flags.output}", rule, "name another file")
     text = render([Path(name) for name in flags.files], flags.format)
     if flags.output is None:
         sys.stdout.write(text)
@@ -197,13 +201,15 @@ def render_comparison(plan: Plan, measurement_file: Path, kind: str) -> str:
 def schema_of(path: Path) -> str:
     """ "plan", "profile" or "measurement", from the file's schema. Raises FileError."""
     from planner.errors import FileError
+    from planner.files.reading import WRITE_AGAIN
 
     try:
-        schema = json.loads(path.read_text(encoding="utf-8")).get("schema", "")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise FileError(
-            f"cannot read {path}: {error}", "plan-report shows files that plan and run-plan wrote"
-        ) from None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}", SHOWN, "check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not complete JSON: {error}", SHOWN, WRITE_AGAIN) from None
+    schema = value.get("schema", "") if isinstance(value, dict) else f"of a {type(value).__name__}"
     parts = str(schema).split("/")
     if len(parts) != 3 or parts[0] != "evenstage" or parts[1] not in KINDS:
         raise FileError(

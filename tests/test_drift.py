@@ -9,7 +9,8 @@ import pytest
 
 from planner.errors import FileError, ToleranceError, UsageError
 from planner.files.measurement_file import Measurement
-from planner.files.profile_file import LayerProfile, Machine, ModelReference, Peak, Profile, SizeProfile
+from planner.files.profile_file import LayerProfile, ModelReference, Peak, Profile, SizeProfile
+from planner.machine.device import CpuDevice, describe_machine
 from planner.machine.workers import ERROR_FOLDER
 from planner.planning import plan_profile
 from planner.request import PlanRequest
@@ -20,7 +21,7 @@ from runner.worker import open_context
 from tests.sample_values import make_measurement_value
 
 MODEL = Path(__file__).parent / "models" / "plain.py"
-MACHINE = Machine("cpu", "a clock", 1, {})
+MACHINE = describe_machine(CpuDevice())
 
 
 def profile(factor: float = 1.0, sizes: tuple[int, ...] = (2, 4)) -> Profile:
@@ -108,7 +109,10 @@ def test_a_run_that_fails_is_not_profiled_again(planned, monkeypatch):
     ("change", "error", "words"),
     [
         ({"estimated": Peak("a peak", 1e12, 1e9, "given")}, UsageError, "an estimate"),
-        ({"sizes": profile().sizes[1:]}, UsageError, "another model"),
+        ({"sizes": profile().sizes[1:]}, FileError, "microbatches of 2 were not profiled"),
+        ({"sizes": (replace(profile().sizes[0], fingerprint="other"),)}, UsageError, "another model"),
+        ({"machine": replace(MACHINE, device_name="other")}, UsageError, "another machine"),
+        ({"machine": replace(MACHINE, versions={"torch": "1.0"})}, UsageError, "other versions"),
         ({"sizes": (replace(profile().sizes[0], microbatch_size=8),)}, FileError, "2"),
     ],
 )

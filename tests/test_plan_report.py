@@ -154,3 +154,20 @@ def test_names_from_files_cannot_write_to_the_terminal(tmp_path):
 def test_a_missing_file_is_one_error(tmp_path):
     with pytest.raises(FileError, match="cannot read"):
         render([tmp_path / "none.json"], "text")
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"schema": "evenstage/pl', "[" * 100_000, '"x"'])
+def test_what_is_no_file_of_ours_is_one_error_with_a_remedy(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(FileError) as caught:
+        render([tmp_path / "x.json"], "text")
+    assert "x.json" in caught.value.got and caught.value.rule and caught.value.remedy
+    assert "object has no attribute" not in caught.value.got
+
+
+def test_a_report_does_not_overwrite_what_it_is_made_from(tmp_path, capsys):
+    file = tmp_path / "x.plan.json"
+    sample_plan().save(file)
+    before = file.read_text()
+    assert main([str(file), "-o", str(tmp_path / "." / "x.plan.json")]) == 2
+    assert file.read_text() == before and "may not overwrite" in capsys.readouterr().err

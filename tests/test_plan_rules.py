@@ -16,7 +16,10 @@ def stage(data, index):
 
 EDITS = {
     "data_parallel is 2": lambda data: data.update(data_parallel=2),
-    "lower_bound_ms 1e+308 is above objective_ms": lambda data: data.update(lower_bound_ms=1e308),
+    "lower_bound_ms 1e+18 is above objective_ms": lambda data: data.update(lower_bound_ms=1e18),
+    "lower_bound_ms is 1e+308": lambda data: data.update(lower_bound_ms=1e308),
+    "1F1B with 1 microbatches and": lambda data: data.update(schedule="1f1b", num_microbatches=1),
+    "100,000 microbatches": lambda data: data.update(num_microbatches=100_000),
     "stage 3 of the list has index 2 and rank 3": lambda data: stage(data, 3).update(index=2),
     "stage 1 of the list has index 1 and rank 7": lambda data: stage(data, 1).update(rank=7),
     "stage 2 has no layers": lambda data: stage(data, 2).update(nodes=[], names=[]),

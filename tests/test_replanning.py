@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import random
 
 import numpy as np
@@ -209,3 +210,44 @@ def test_the_command_says_what_it_lacks(measured, tmp_path, capsys):
     (tmp_path / "simulated.profile.json").unlink()
     assert main(["--from-measurement", "measurement.json"]) == 2
     assert "no profile in simulated.profile.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["measurement.json", "simulated.profile.json", ""])
+def test_the_new_plan_overwrites_nothing_that_it_is_made_from(measured, tmp_path, capsys, target):
+    kept = {file: (tmp_path / file).read_text() for file in ("measurement.json", "simulated.profile.json")}
+    assert main(["--from-measurement", "measurement.json", "-o", target]) == 2
+    assert "-o" in capsys.readouterr().err
+    assert {file: (tmp_path / file).read_text() for file in kept} == kept
+
+
+@pytest.mark.parametrize("flags", [["--draw", "x.svg"], ["--granularity", "operation"]])
+def test_flags_that_would_do_nothing_are_refused(measured, capsys, flags):
+    assert main(["--from-measurement", "measurement.json", *flags]) == 2
+    assert f"--from-measurement and {flags[0]}" in capsys.readouterr().err
+
+
+def test_the_memory_limit_holds_for_the_new_plan_too(measured, capsys):
+    """The profile of a simulated case knows no memory, which --memory needs."""
+    assert main(["--from-measurement", "measurement.json", "--memory", "1B"]) == 2
+    assert "--memory with a profile that knows no memory" in capsys.readouterr().err
+
+
+def edited(folder, **changes):
+    data = json.loads((folder / "measurement.json").read_text())
+    (folder / "measurement.json").write_text(json.dumps({**data, **changes}))
+    return data
+
+
+def test_cuts_that_no_run_can_have_had_are_refused(measured, tmp_path, capsys):
+    data = edited(tmp_path)
+    first = json.loads((tmp_path / "simulated.profile.json").read_text())["sizes"][0]["layers"][0]["id"]
+    for cuts in ([*reversed(data["cuts"])], [data["cuts"][0]] * len(data["cuts"]), [first, *data["cuts"][1:]]):
+        edited(tmp_path, cuts=cuts)
+        assert main(["--from-measurement", "measurement.json"]) == 2
+        assert "cuts stand in program order" in capsys.readouterr().err
+
+
+def test_a_name_from_a_file_does_not_lead_to_another_folder(measured, tmp_path, capsys):
+    edited(tmp_path, name="../../simulated")
+    assert main(["--from-measurement", "measurement.json"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("wrote simulated.replanned.plan.json")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from planner.errors import FileError
 from planner.files.profile_file import Machine
-from planner.files.reading import decode, dump_json, read_json, write_text
+from planner.files.reading import WRITE_AGAIN, decode_file, dump_json, read_json, write_text
 
 SCHEMA = "evenstage/measurement/1"
 
@@ -26,6 +27,11 @@ class StepTimes:
     measured: float
     ideal: float
     interval: float | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.predicted, self.measured, self.ideal, self.interval or 0.0) < 0:
+            got = f"a step of {self.measured} ms, predicted {self.predicted} ± {self.interval}, ideal {self.ideal}"
+            raise FileError(got, "times are not negative", WRITE_AGAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +162,15 @@ class Measurement:
     order: tuple[str, ...] | None = None
     start: StartTimes | None = None
 
+    def __post_init__(self) -> None:
+        if self.num_microbatches < 1 or self.microbatch_size < 1 or not self.stages:
+            got = (
+                f"{len(self.stages)} stages and {self.num_microbatches} microbatches of {self.microbatch_size} samples"
+            )
+            raise FileError(got, "a run has at least one of each", WRITE_AGAIN)
+        if self.scale < 0:
+            raise FileError(f"a scale of {self.scale}", "measured ÷ predicted time is not negative", WRITE_AGAIN)
+
     def save(self, path: Path) -> None:
         """Write the measurement as JSON, atomically."""
         write_text(path, dump_json(self, SCHEMA))
@@ -163,4 +178,4 @@ class Measurement:
     @staticmethod
     def load(path: Path | str) -> Measurement:
         """Read a measurement. Raises FileError with what is wrong and where."""
-        return decode(Measurement, read_json(Path(path), SCHEMA), "measurement")
+        return decode_file(Measurement, read_json(Path(path), SCHEMA), "measurement", path)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from planner.errors import FileError, UsageError
+from planner.errors import UsageError
 from planner.files.links_file import FREE, LinkCost, LinkFit
 from planner.files.plan_rules import refuse_bad_stage, refuse_contradictions
 from planner.files.profile_file import Machine, Peak
-from planner.files.reading import decode, dump_json, read_json, write_text
+from planner.files.reading import decode_file, dump_json, read_json, write_text
 
 if TYPE_CHECKING:
     import torch.fx
@@ -262,10 +262,7 @@ class Plan:
         data = read_json(Path(path), SCHEMA)
         if "split_spec" in data:
             data["split_specification"] = data.pop("split_spec")
-        try:
-            return decode(Plan, data, "plan")
-        except FileError as error:
-            raise FileError(f"{path}: {error.got}", error.rule, error.remedy) from None
+        return decode_file(Plan, data, "plan", path)
 
     def split_spec(self) -> dict[str, SplitPoint]:
         """The plan as `split_spec` for `torch.distributed.pipelining.pipeline`.

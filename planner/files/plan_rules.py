@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from planner.files.plan_file import Plan, Stage
 
 MAX_SEED = 2**62  # torch takes 64 bits, and step t draws from seed + 1 + t
+MOST_MICROBATCHES = 2**14  # of a step; every one of them is simulated
 SAME = 1e-6  # relative; solvers prove to 1e-7, and files hold every digit
 
 
@@ -40,6 +41,11 @@ def refuse_contradictions(plan: Plan) -> None:
 def _refuse_bad_numbers(plan: Plan) -> None:
     if plan.num_microbatches < 1 or plan.microbatch_size < 1:
         raise _wrong("a plan without microbatches", "at least one microbatch of one sample")
+    if plan.num_microbatches > MOST_MICROBATCHES:
+        raise _wrong(f"{plan.num_microbatches:,} microbatches", f"a step has at most {MOST_MICROBATCHES:,}")
+    if plan.schedule == "1f1b" and plan.num_microbatches < plan.num_stages:
+        got = f"1F1B with {plan.num_microbatches} microbatches and {plan.num_stages} stages"
+        raise _wrong(got, "1F1B needs a microbatch for every stage")
     if plan.data_parallel != 1:
         raise _wrong(f"data_parallel is {plan.data_parallel}", "this version trains one copy of every stage: 1")
     if not 0 <= plan.seed <= MAX_SEED:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from planner.errors import FileError
-from planner.files.reading import decode, dump_json, read_json, write_text
+from planner.files.profile_rules import refuse_bad_profile, refuse_bad_size
+from planner.files.reading import decode_file, dump_json, read_json, write_text
 
 SCHEMA = "evenstage/profile/1"
 Granularity = Literal["module", "operation", "auto"]
@@ -221,18 +222,7 @@ class SizeProfile:
     boundary_backward_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise FileError("a profile without layers", "a model has at least one layer", "profile the model again")
-        last = len(self.layers)
-        for tensor in self.tensors:
-            if not all(0 <= index < last for index in (tensor.producer, *tensor.consumers)):
-                raise FileError(
-                    f"tensor {tensor.name!r} names a layer that is not there", f"layers are 0 to {last - 1}"
-                )
-        for earlier, later in self.dependencies or ():
-            if not 0 <= earlier < later < last:
-                rule = f"an earlier layer comes first, and layers are 0 to {last - 1}"
-                raise FileError(f"the dependency of layer {later} on {earlier}", rule, "profile the model again")
+        refuse_bad_size(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +261,9 @@ class Profile:
     estimated: Peak | None = None
     repeats: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        refuse_bad_profile(self)
+
     def size(self, microbatch_size: int) -> SizeProfile:
         """The measurements at `microbatch_size`. Raises FileError where that size was not profiled."""
         for size in self.sizes:
@@ -288,4 +281,4 @@ class Profile:
     @staticmethod
     def load(path: Path | str) -> Profile:
         """Read a profile. Raises FileError with what is wrong and where."""
-        return decode(Profile, read_json(Path(path), SCHEMA), "profile")
+        return decode_file(Profile, read_json(Path(path), SCHEMA), "profile", path)

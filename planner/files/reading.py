@@ -26,6 +26,8 @@ from planner.errors import FileError, UsageError
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_DEPTH = 32
+MOST = 2**62
+LEAST = 1e-300
 WRITE_AGAIN = "write the file again with the command that made it"
 WRITE_ANEW = f"{WRITE_AGAIN}, using this version"
 T = TypeVar("T")
@@ -78,7 +80,8 @@ def _refuse_deep_nesting(value: Any, where: str) -> None:
     while level := [item for parent in level for item in _children(parent)]:
         depth += 1
         if depth > MAX_DEPTH:
-            raise FileError(f"{where} is nested deeper than {MAX_DEPTH} levels", "no schema here is that deep")
+            got = f"{where} is nested deeper than {MAX_DEPTH} levels"
+            raise FileError(got, "no schema here is that deep", WRITE_AGAIN)
 
 
 def _children(value: Any) -> list[Any]:
@@ -101,9 +104,18 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def decode(cls: type[T], data: Any, where: str) -> T:
     """Build the dataclass `cls` from JSON `data`; unknown keys are refused, missing ones take their defaults.
 
-    Numbers must be finite; fields named `…_ms`, `…_bytes`, `num_…` must not be negative.
+    Numbers must be finite and at most 2⁶² in size, fractions 0 or at least 1e-300; fields named as times, sizes and
+    counts (`…_ms`, `…_s`, `…_bytes`, `num_…`, `samples`) must not be negative. Texts are UTF-8 without NUL.
     """
     return typing.cast(T, _decode(cls, data, where))
+
+
+def decode_file(cls: type[T], data: Any, where: str, path: Path | str) -> T:
+    """`decode` of what is in the file `path`, which errors name."""
+    try:
+        return decode(cls, data, where)
+    except FileError as error:
+        raise FileError(f"{path}: {error.got}", error.rule, error.remedy) from None
 
 
 @cache
@@ -161,7 +173,7 @@ def _decode_dataclass(cls: type, data: Any, where: str) -> Any:
 
 
 def _refuse_negative(name: str, value: Any, where: str) -> None:
-    if name.endswith(("_ms", "_bytes")) or name.startswith("num_"):
+    if name.endswith(("_ms", "_s", "_bytes", "_fraction")) or name.startswith("num_") or name == "samples":
         numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
         for number in numbers:
             if isinstance(number, (int, float)) and number < 0:
@@ -171,18 +183,22 @@ def _refuse_negative(name: str, value: Any, where: str) -> None:
 def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
     if kind is float:
         _expect(isinstance(data, (int, float)) and not isinstance(data, bool), data, "a number", where)
-        _expect(math.isfinite(data), data, "a finite number", where)
+        _expect(isinstance(data, int) or math.isfinite(data), data, "a finite number", where)
+        _expect(data == 0 or LEAST <= abs(data) <= MOST, data, f"0, or from {LEAST:g} to {MOST:,} in size", where)
         return float(data)
     if kind is int:
         _expect(isinstance(data, int) and not isinstance(data, bool), data, "a whole number", where)
-    else:
-        _expect(isinstance(data, kind), data, {str: "a text", bool: "true or false"}.get(kind, str(kind)), where)
+        _expect(abs(data) <= MOST, data, f"at most {MOST:,} in size", where)
+        return data
+    _expect(isinstance(data, kind), data, {str: "a text", bool: "true or false"}.get(kind, str(kind)), where)
+    if kind is str:
+        _expect("\0" not in data and not any("\ud800" <= c <= "\udfff" for c in data), data, "a text in UTF-8", where)
     return data
 
 
 def _expect(holds: bool, got: Any, rule: str, where: str) -> None:
     if not holds:
-        shown = repr(got)
+        shown = f"a number of {got.bit_length()} bits" if isinstance(got, int) and abs(got) > MOST else repr(got)
         remedy = f"correct the value, or {WRITE_ANEW}"
         raise FileError(f"{where} is {shown[:80]}", f"it must be {rule}", remedy)
 

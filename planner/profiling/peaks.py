@@ -11,6 +11,7 @@ from typing import Literal
 
 from planner.errors import UsageError
 from planner.files.profile_file import Machine, Peak
+from planner.files.reading import MOST
 
 Precision = Literal["fp32", "bf16"]
 TABLE = Path(__file__).with_name("peaks.json")
@@ -36,7 +37,7 @@ def find_peak(text: str | None, precision: Precision = "fp32") -> tuple[Peak, Ma
         peak = Peak(entry["name"], flops_per_s, entry["bytes_per_s"], entry["source"])
         return peak, Machine("cuda", entry["name"], 1, _versions(), memory_bytes=entry["memory_bytes"])
     rates = [_rate(part) for part in text.split(",")]
-    if len(rates) != 2 or None in rates or 0.0 in rates:
+    if len(rates) != 2 or not all(rate is not None and 1 <= rate <= MOST for rate in rates):
         raise UsageError(
             f"--peak {text}",
             f"a peak is one of {', '.join(table)}, or FLOPs per second and bytes per second",
