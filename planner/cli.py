@@ -108,7 +108,7 @@ def _request(flags: argparse.Namespace) -> PlanRequest:
         bandwidth_bytes_per_s=flags.bandwidth,
         plain=flags.plain,
         seed=flags.seed,
-        schedule=flags.schedule,
+        schedule=flags.schedule or "gpipe",
         memory_bytes=flags.memory,
         meta=flags.meta,
         links=given_links(flags),
@@ -153,7 +153,7 @@ def _plan_graph(flags: argparse.Namespace) -> int:
         plan = plan_bottleneck(path, flags.gpus, transfers=not flags.no_transfers, memory_bytes=flags.memory)
     else:
         cut_at = [] if flags.cut_at == "" else flags.cut_at.split(",") if flags.cut_at is not None else None
-        plan = plan_schedule(path, flags.gpus, flags.microbatches, cut_at=cut_at, schedule=flags.schedule)
+        plan = plan_schedule(path, flags.gpus, flags.microbatches, cut_at=cut_at, schedule=flags.schedule or "gpipe")
     plan.save(output)
     if flags.json:
         print(plan.to_json(), end="")

@@ -56,7 +56,7 @@ def _add_planning_flags(group: argparse._ArgumentGroup) -> None:
         "--batch-size", type=whole_number(1), metavar="N", help="samples per step (default: the model's)"
     )
     group.add_argument("--microbatches", type=_microbatches, default="auto", metavar="N|auto", help="default: auto")
-    group.add_argument("--schedule", choices=["gpipe", "1f1b"], default="gpipe", help="default: gpipe")
+    group.add_argument("--schedule", choices=["gpipe", "1f1b"], help="default: gpipe, or what was measured")
     group.add_argument("--precision", type=_precision, metavar="fp32|bf16", help="default: the model's, else fp32")
     group.add_argument(
         "--bandwidth",

@@ -71,7 +71,7 @@ def _request(flags: argparse.Namespace, newest: Measurement) -> PlanRequest:
         bandwidth_bytes_per_s=flags.bandwidth,
         plain=flags.plain,
         seed=flags.seed,
-        schedule=newest.schedule if flags.schedule == "gpipe" else flags.schedule,
+        schedule=flags.schedule or newest.schedule,
         memory_bytes=flags.memory,
     )
 

@@ -9,7 +9,9 @@ import time
 import pytest
 
 from planner.cli import main
+from planner.errors import UsageError
 from planner.files.plan_file import Plan
+from planner.files.plan_rules import MOST_MICROBATCHES
 from planner.files.profile_file import Profile
 from planner.machine.device import available_cores
 from planner.plan_flags import _bandwidth, build_parser
@@ -209,6 +211,13 @@ def test_candidates_are_the_divisors_from_the_number_of_stages_up():
     assert candidate_counts(2, PlanRequest(gpus=4)) == (2,)
 
 
+def test_a_step_has_a_limited_number_of_microbatches():
+    assert candidate_counts(2**20, PlanRequest(gpus=4))[-1] == MOST_MICROBATCHES == 2**14
+    for batch_size, microbatches in ((1_000_003, None), (2**20, 2**15)):
+        with pytest.raises(UsageError, match="at most 16,384"):
+            candidate_counts(batch_size, PlanRequest(gpus=4, microbatches=microbatches))
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -229,7 +238,21 @@ def test_bandwidths_are_read_with_their_units(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["100gb/s", "100G", "100G/s", "12mB/s", "0GB/s", "-1GB/s", "1e999", "1.2.3GB/s", "GB/s", ""]
+    "text",
+    [
+        "100gb/s",
+        "100G",
+        "100G/s",
+        "12mB/s",
+        "0GB/s",
+        "-1GB/s",
+        "1e999",
+        "1e308TB/s",
+        "1e-320B/s",
+        "1.2.3GB/s",
+        "GB/s",
+        "",
+    ],
 )
 def test_bandwidths_that_leave_bits_or_bytes_open_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"12GB/s.*100Gb/s"):

@@ -251,3 +251,10 @@ def test_a_name_from_a_file_does_not_lead_to_another_folder(measured, tmp_path, 
     edited(tmp_path, name="../../simulated")
     assert main(["--from-measurement", "measurement.json"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("wrote simulated.replanned.plan.json")
+
+
+@pytest.mark.parametrize(("flags", "schedule"), [([], "1f1b"), (["--schedule", "gpipe"], "gpipe")])
+def test_the_schedule_is_the_measured_one_where_none_is_asked_for(measured, tmp_path, flags, schedule):
+    edited(tmp_path, schedule="1f1b")
+    assert main(["--from-measurement", "measurement.json", *flags]) == 0
+    assert Plan.load(tmp_path / "simulated.replanned.plan.json").schedule == schedule
