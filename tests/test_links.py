@@ -274,6 +274,7 @@ def test_messages_span_what_crosses_the_cuts() -> None:
     ("arguments", "expected"),
     [
         (["--links", "good.json", "--bandwidth", "1GB/s"], "--links and --bandwidth"),
+        (["--links", "good.json", "-o", "good.json"], "may not overwrite"),
         (["--measure-links", "--bandwidth", "1GB/s"], "--measure-links and --bandwidth"),
         (["--links", "good.json", "--measure-links"], "--links and --measure-links"),
         (["--links", "none.json"], "none.json does not exist"),

@@ -177,13 +177,11 @@ def test_weights_that_cannot_be_written_do_not_cost_the_measurement(tmp_path, mo
     assert len(Measurement.load(tmp_path / "run" / "measurement.json").steps) == 2
 
 
-def test_links_and_a_missing_profile_of_the_drift_are_seen_before_the_work(tmp_path, monkeypatch, capsys):
+def test_a_missing_profile_of_the_drift_and_one_that_is_not_used_are_seen_before_the_work(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    for name in ("links.json", "x.profile.json"):
-        (tmp_path / name).write_text("{}")
-    assert main(["--gpus", "2", "m.py", "--links", "links.json", "-o", "links.json"]) == 2
-    assert (tmp_path / "links.json").read_text() == "{}"
-    capsys.readouterr()
+    (tmp_path / "x.profile.json").write_text("{}")
     assert main(["--gpus", "2", "--profile", "x.profile.json", "--train", "--drift", "none.json"]) == 2
     assert "none.json, which is no file" in capsys.readouterr().err
     assert main(["--gpus", "2", "--profile", "x.profile.json", "--fresh"]) == 2
