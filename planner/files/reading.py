@@ -27,7 +27,7 @@ from planner.errors import FileError, UsageError
 MAX_FILE_BYTES = 256 * 2**20
 MAX_DEPTH = 32
 MOST = 2**62
-LEAST = 1e-300
+LARGEST, LEAST = 1e100, 1e-200  # of numbers with a fraction: squares and quotients of any two do not overflow
 WRITE_AGAIN = "write the file again with the command that made it"
 WRITE_ANEW = f"{WRITE_AGAIN}, using this version"
 T = TypeVar("T")
@@ -104,8 +104,8 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def decode(cls: type[T], data: Any, where: str) -> T:
     """Build the dataclass `cls` from JSON `data`; unknown keys are refused, missing ones take their defaults.
 
-    Numbers must be finite and at most 2⁶² in size, fractions 0 or at least 1e-300; fields named as times, sizes and
-    counts (`…_ms`, `…_s`, `…_bytes`, `num_…`, `samples`) must not be negative. Texts are UTF-8 without NUL.
+    Whole numbers must be at most 2⁶² in size, others 0 or from 1e-200 to 1e100; fields named as times, sizes and counts
+    (`…_ms`, `…_s`, `…_bytes`, `num_…`, `samples`) must not be negative. Texts are UTF-8 without NUL.
     """
     return typing.cast(T, _decode(cls, data, where))
 
@@ -184,7 +184,7 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
     if kind is float:
         _expect(isinstance(data, (int, float)) and not isinstance(data, bool), data, "a number", where)
         _expect(isinstance(data, int) or math.isfinite(data), data, "a finite number", where)
-        _expect(data == 0 or LEAST <= abs(data) <= MOST, data, f"0, or from {LEAST:g} to {MOST:,} in size", where)
+        _expect(data == 0 or LEAST <= abs(data) <= LARGEST, data, f"0, or from {LEAST:g} to {LARGEST:g} in size", where)
         return float(data)
     if kind is int:
         _expect(isinstance(data, int) and not isinstance(data, bool), data, "a whole number", where)
