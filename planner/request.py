@@ -104,10 +104,10 @@ def candidate_counts(batch_size: int, request: PlanRequest) -> tuple[int, ...]:
             raise _too_many_microbatches(batch_size, request.microbatches)
         return (request.microbatches,)
     enough = tuple(count for count in divisors_of(batch_size) if request.gpus <= count <= MOST_MICROBATCHES)
-    if not enough and request.schedule == "1f1b":
-        raise too_few_microbatches(batch_size, request.gpus)
     if not enough and batch_size > MOST_MICROBATCHES:
         raise _too_many_microbatches(batch_size, batch_size)
+    if not enough and request.schedule == "1f1b":
+        raise too_few_microbatches(batch_size, request.gpus)
     return enough or (batch_size,)
 
 

@@ -216,6 +216,8 @@ def test_a_step_has_a_limited_number_of_microbatches():
     for batch_size, microbatches in ((1_000_003, None), (2**20, 2**15)):
         with pytest.raises(UsageError, match="at most 16,384"):
             candidate_counts(batch_size, PlanRequest(gpus=4, microbatches=microbatches))
+    with pytest.raises(UsageError, match="at most 16,384"):
+        candidate_counts(1_000_003, PlanRequest(gpus=4, schedule="1f1b"))
 
 
 @pytest.mark.parametrize(
