@@ -130,9 +130,8 @@ def _plan_again(flags: argparse.Namespace) -> int:
 
     _refuse_untrained(flags)
     again = plan_again(flags, lambda path: with_model_file(Profile.load(path), path))
-    flags.profile = str(again.profile)
     plan, output = again.plan, again.output if flags.output is None else _output(flags)
-    _refuse_bad_targets(flags, output)
+    _refuse_bad_targets(flags, output, again.profile)
     if plan.model.file is not None:
         plan = replace(plan, model=replace(plan.model, file=relative_to(plan.model.file, output.parent)))
     plan.save(output)
@@ -219,9 +218,9 @@ def _refuse_estimate(flags: argparse.Namespace) -> None:
         raise UsageError(f"--estimate with {wrong[0]}", rule, "leave one of them out")
 
 
-def _refuse_bad_targets(flags: argparse.Namespace, output: Path) -> None:
+def _refuse_bad_targets(flags: argparse.Namespace, output: Path, *also_read: Path) -> None:
     """Raise UsageError where what is to be written could not be, or would overwrite what it is made from."""
-    from planner.files.reading import refuse_unwritable
+    from planner.files.reading import refuse_overwriting, refuse_unwritable
 
     targets = {f"-o {flags.output}" if flags.output else f"the plan {output}": output}
     if flags.model is not None:
@@ -230,11 +229,9 @@ def _refuse_bad_targets(flags: argparse.Namespace, output: Path) -> None:
     if flags.export_weights is not None:
         targets[f"--export-weights {flags.export_weights}"] = Path(flags.export_weights)
     sources = [flags.profile, flags.graph, (flags.model or "").partition(":")[0], flags.links]
-    sources += flags.from_measurement or []
-    inputs = {Path(name).resolve() for name in sources if name}
+    inputs = [*also_read, *(name for name in [*sources, *(flags.from_measurement or [])] if name)]
     for what, path in targets.items():
-        if path.resolve() in inputs:
-            raise UsageError(what, "the plan may not overwrite what it is made from", "name another file")
+        refuse_overwriting(path, what, inputs, "the plan may not overwrite what it is made from")
         refuse_unwritable(path, what)
     own = profile_path(output, flags.estimate).resolve() if flags.model is not None else None
     if flags.drift is not None and not Path(flags.drift).exists() and Path(flags.drift).resolve() != own:

@@ -159,7 +159,7 @@ def profile_drift(before: Profile, after: Profile) -> float | None:
     """
     if before.estimated is not None or after.estimated is not None:
         return None
-    if (before.machine.device_name, before.machine.versions) != (after.machine.device_name, after.machine.versions):
+    if not before.machine.same_as(after.machine):
         return None
     older = {(size.fingerprint, size.microbatch_size): size for size in before.sizes}
     pairs = [(older[key], size) for size in after.sizes if (key := (size.fingerprint, size.microbatch_size)) in older]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from planner.command import guarded
 from planner.errors import ToleranceError, UsageError
@@ -83,12 +82,11 @@ def refuse_impossible(options: RunOptions, num_stages: int) -> None:
 
 def refuse_bad_targets(options: RunOptions, model: str) -> None:
     """Raise UsageError where what a run of `model` writes could not be written, or would overwrite its sources."""
-    from planner.files.reading import refuse_unwritable
+    from planner.files.reading import refuse_overwriting, refuse_unwritable
 
     refuse_unwritable(options.run_dir, f"--run-dir {options.run_dir}", folder=True)
     weights = options.export_weights
     if weights is not None:
         refuse_unwritable(weights, f"--export-weights {weights}")
-        if weights.resolve() in (options.plan.resolve(), Path(model.partition(":")[0]).resolve()):
-            rule = "the weights may not overwrite what they are trained from"
-            raise UsageError(f"--export-weights {weights}", rule, "name another file")
+        rule = "the weights may not overwrite what they are trained from"
+        refuse_overwriting(weights, f"--export-weights {weights}", (options.plan, model.partition(":")[0]), rule)

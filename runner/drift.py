@@ -30,8 +30,7 @@ def first_profile(plan: Plan, path: Path, device: str | None = None) -> Profile:
     size = profile.size(plan.microbatch_size)
     if plan.model.fingerprint != size.fingerprint:
         raise UsageError(f"--drift {path}, which is of another model", "the drift is that since the profile", remedy)
-    machine = describe_machine(choose_device(device))
-    if (profile.machine.device_name, profile.machine.versions) != (machine.device_name, machine.versions):
+    if not profile.machine.same_as(describe_machine(choose_device(device))):
         rule = "the drift is that of one machine and its software"
         got = f"--drift {path}, which was made on another machine or with other versions"
         raise UsageError(got, rule, "profile the model again here, with plan --fresh")

@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(flags: argparse.Namespace) -> int:
     """Render the files as asked. Raises UsageError for a combination that cannot be shown."""
-    from planner.files.reading import write_text
+    from planner.files.reading import refuse_overwriting, write_text
 
-    if flags.output is not None and Path(flags.output).resolve() in {Path(name).resolve() for name in flags.files}:
+    if flags.output is not None:
         rule = "the report may not overwrite what it is made from"
-        raise UsageError(f"-o {flags.output}", rule, "name another file")
+        refuse_overwriting(Path(flags.output), f"-o {flags.output}", flags.files, rule)
     text = render([Path(name) for name in flags.files], flags.format)
     if flags.output is None:
         sys.stdout.write(text)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from planner.errors import FileError
 from planner.files.profile_file import Machine
-from planner.files.reading import decode, dump_json, read_json, write_text
+from planner.files.reading import decode_file, dump_json, read_json, write_text
 
 SCHEMA = "evenstage/links/1"
 
@@ -122,8 +122,4 @@ class Links:
     @staticmethod
     def load(path: Path | str) -> Links:
         """Read links. Raises FileError with what is wrong and where."""
-        try:
-            return decode(Links, read_json(Path(path), SCHEMA), "links")
-        except FileError as error:
-            got = error.got if str(path) in error.got else f"{path}: {error.got}"
-            raise FileError(got, error.rule, error.remedy) from None
+        return decode_file(Links, read_json(Path(path), SCHEMA), "links", path)

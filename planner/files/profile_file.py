@@ -51,6 +51,10 @@ class Machine:
     reserved_bytes: int = 0
     workspace_bytes: int = 0
 
+    def same_as(self, other: Machine) -> bool:
+        """Whether times of one hold on the other: the same kind of device, with the same versions."""
+        return (self.device_name, self.versions) == (other.device_name, other.versions)
+
 
 @dataclass(frozen=True, slots=True)
 class Peak:

@@ -17,7 +17,7 @@ import stat
 import tempfile
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -192,7 +192,7 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
         return data
     _expect(isinstance(data, kind), data, {str: "a text", bool: "true or false"}.get(kind, str(kind)), where)
     if kind is str:
-        _expect("\0" not in data and not any("\ud800" <= c <= "\udfff" for c in data), data, "a text in UTF-8", where)
+        _expect("\0" not in data and data.encode(errors="ignore").decode() == data, data, "a text in UTF-8", where)
     return data
 
 
@@ -274,6 +274,12 @@ def refuse_unwritable(path: Path, what: str, *, folder: bool = False) -> None:
     except OSError as error:
         rule = f"files must be able to be written in {existing}"
         raise UsageError(f"{what} cannot be written: {error.strerror}", rule, "give another path") from None
+
+
+def refuse_overwriting(path: Path, what: str, sources: Iterable[Path | str], rule: str) -> None:
+    """Raise UsageError where `path`, which `what` names as the person did, is one of the files that were read."""
+    if path.resolve() in {Path(source).resolve() for source in sources}:
+        raise UsageError(what, rule, "name another file")
 
 
 def relative_to(path: str, folder: Path) -> str:

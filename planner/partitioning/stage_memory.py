@@ -212,7 +212,7 @@ class StageMemoryTable:
         return sum(
             each.viewed_bytes
             for each in returned
-            if each.gradient.made >= stop and _readers(each.gradient, start, stop)
+            if each.viewed_bytes and each.gradient.made >= stop and _readers(each.gradient, start, stop)
         )
 
     def peak(self, start: int, stop: int, index: int, num_stages: int) -> MemoryPoint:

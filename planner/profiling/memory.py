@@ -58,16 +58,15 @@ def track_step(
             return replace(step, fragmentation_bytes=marks.fragmentation_bytes)
         seen = _events(pieces, both, loss_fn, device)
         peaks = {p: found.raised_to_those_of(seen.get(p, PhaseBytes())) for p, found in live.phases.items()}
-        step = replace(summarise_step(live, peaks, len(pieces.pieces)), views=_views(live, live))
+        step = summarise_step(live, peaks, len(pieces.pieces))
         if not live.scattered:
-            return step
+            return replace(step, views=_views(live, live))
         straight = LiveStorages(device.block_bytes, straight=True)
         track_storages(straight, pieces, both, loss_fn)
         copying = _need_more(live.phases, straight.phases)
         copying |= _need_more(seen, _events(pieces, both, loss_fn, device, straight=True))
-        producers = {tensor.name: tensor.producer for tensor in pieces.trace.tensors}
-        scattered = frozenset(name for name in live.scattered if producers.get(name) in copying)
-        return replace(step, scattered=scattered, views=_views(live, straight))
+        made = frozenset(tensor.name for tensor in pieces.trace.tensors if tensor.producer in copying)
+        return replace(step, scattered=made & live.scattered, views=_views(live, straight))
 
 
 def track_fake_step(

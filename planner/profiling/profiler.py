@@ -167,8 +167,7 @@ def reusable(
     if missing:
         return f"microbatches of {', '.join(map(str, sorted(missing)))} are not in it"
     chosen = choose_device(device)
-    machine = describe_machine(chosen)
-    if (profile.machine.device_name, profile.machine.versions) != (machine.device_name, machine.versions):
+    if not profile.machine.same_as(describe_machine(chosen)):
         return "it was made on another machine or with other versions"
     source = load_source(model)
     inputs, _ = make_batch(source, seed, 0, batch_size)

@@ -18,6 +18,7 @@ from planner.rendering import (
     table_lines,
     wrap_text,
 )
+from planner.rendering.side_by_side import change
 from runner.comparing import BalanceReport, ComparedTime
 
 DEFAULT_WIDTH = 100
@@ -83,8 +84,7 @@ def computing_words(report: BalanceReport) -> str:
     if report.step_clock != "wall" or report.rehearsed:
         return ""
     stages, whole = report.measured.step_ms, report.step_ms.measured
-    change = stages / report.step_ms.predicted - 1 if report.step_ms.predicted > 0 else None
-    words = f"the measured stages alone make a step of {format_ms(stages)} ({format_percent(change, signed=True)})"
+    words = f"the measured stages alone make a step of {format_ms(stages)} ({change(report.step_ms.predicted, stages)})"
     if whole <= stages:
         return words
     rest = f"{format_ms(whole - stages)}, {format_percent(1 - stages / whole)} of the step"
