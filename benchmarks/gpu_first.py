@@ -26,7 +26,7 @@ from benchmarks.prediction import MICROBATCHES, Bench, printed_runs, summary
 from planner.errors import PlannerError
 from planner.files.measurement_file import Measurement
 from planner.files.plan_file import Plan
-from planner.files.profile_file import Profile
+from planner.files.profile_file import Profile, Schedule
 from planner.machine.device import choose_device, worker_environment
 from planner.planning import plan_profile
 from planner.profiling.profiler import ProfileRequest, device_kind
@@ -98,7 +98,7 @@ class BenchHere(Bench):
     def _measure(self, plan: Plan, folder: Path, steps: int) -> None:
         self.rehearsed(plan, folder, steps)
 
-    def _profile(self, num_stages: int) -> Profile:
+    def _profile(self, num_stages: int, schedule: Schedule) -> Profile:
         request = ProfileRequest(
             model=str(self.model),
             seed=0,
@@ -109,6 +109,7 @@ class BenchHere(Bench):
             copies=1,
             progress="",
             num_stages=num_stages,
+            schedule=schedule,
         )
         return profile_here(request, load_source(request.model), choose_device(None))
 
@@ -117,7 +118,7 @@ def checked(bench: BenchHere) -> str:
     """Whether the stages of a plan train as the unsplit model does. From then on this process computes exactly."""
     compute_exactly()
     try:
-        num_stages, profile = next(iter(bench.latest.items()))
+        (num_stages, _), profile = next(iter(bench.latest.items()))
         plan = plan_profile(profile, PlanRequest(num_stages, microbatches=MICROBATCHES))
         with tempfile.TemporaryDirectory(prefix="evenstage-check-") as folder:
             found = bench.rehearsed(plan, Path(folder), CHECKED_STEPS, ["--check"]).check

@@ -22,7 +22,7 @@ from benchmarks.prediction import MODELS, Bench, PlanRuns, figures, printed_runs
 from planner.assembly import Candidate, assemble
 from planner.files.measurement_file import Measurement
 from planner.files.plan_file import Plan
-from planner.files.profile_file import Profile
+from planner.files.profile_file import Profile, Schedule
 from planner.intervals import with_intervals
 from planner.machine.device import worker_environment
 from planner.machine.workers import as_worker, run_workers
@@ -53,9 +53,8 @@ class PairedBench(Bench):
 
     repeats_drifted = False
 
-    def _run(self, num_stages: int, schedule: str, steps: int, *, again: bool) -> PlanRuns:
-        first = self.latest.get(num_stages) or self._profile(num_stages)
-        self.latest[num_stages] = first
+    def _run(self, num_stages: int, schedule: Schedule, steps: int, *, again: bool) -> PlanRuns:
+        first = self._latest(num_stages, schedule)
         plan = plan_profile(first, self.request(num_stages, schedule))
         with tempfile.TemporaryDirectory(prefix="evenstage-paired-") as folder:
             file = Path(folder, "plan.json")
@@ -117,6 +116,7 @@ def worker() -> None:
         copies=copies,
         progress="",
         num_stages=plan.num_stages,
+        schedule=plan.schedule or "gpipe",
     )
     profile = profile_here(request, source, device, train)
     gathered: list[Any] | None = [None] * plan.num_stages if rank == 0 else None

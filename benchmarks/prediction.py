@@ -26,7 +26,7 @@ from benchmarks.measured_runs import EXAMPLES, ZOO, run
 from planner.errors import PlannerError
 from planner.files.measurement_file import Measurement
 from planner.files.plan_file import Plan
-from planner.files.profile_file import Profile
+from planner.files.profile_file import Profile, Schedule
 from planner.intervals import with_repeat
 from planner.planning import plan_profile
 from planner.profiling.profiler import profile_model
@@ -104,7 +104,7 @@ class PlanRuns:
 
     model: str
     num_stages: int
-    schedule: str
+    schedule: Schedule
     drift: float
     again: bool
     figures: tuple[Figure, ...]
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def printed_runs(
-    benches: Iterable[Bench], stages: Sequence[int], schedules: Sequence[str], *, steps: int
+    benches: Iterable[Bench], stages: Sequence[int], schedules: Sequence[Schedule], *, steps: int
 ) -> list[PlanRuns]:
     """The runs of all benches, each printed as lines of the table as soon as it is made."""
     print(COLUMNS.format(*HEADINGS))
@@ -161,9 +161,9 @@ class Bench:
     ) -> None:
         self.model, self.size, self.rehearse = model, microbatch_size, rehearse
         self.num_rounds, self.num_runs = num_rounds, num_runs
-        self.latest: dict[int, Profile] = {}
+        self.latest: dict[tuple[int, Schedule | None], Profile] = {}
 
-    def runs(self, stages: Sequence[int], schedules: Sequence[str], *, steps: int) -> Iterator[PlanRuns]:
+    def runs(self, stages: Sequence[int], schedules: Sequence[Schedule], *, steps: int) -> Iterator[PlanRuns]:
         """Every number of stages under every schedule; once more where the machine drifted."""
         for num_stages in stages:
             for schedule in schedules:
@@ -172,30 +172,40 @@ class Bench:
                 if first.drifted and self.repeats_drifted:
                     yield self._run(num_stages, schedule, steps, again=True)
 
-    def _run(self, num_stages: int, schedule: str, steps: int, *, again: bool) -> PlanRuns:
-        before = self.latest.get(num_stages) or self._profile(num_stages)
+    def _run(self, num_stages: int, schedule: Schedule, steps: int, *, again: bool) -> PlanRuns:
+        before = self._latest(num_stages, schedule)
         request = self.request(num_stages, schedule)
         with tempfile.TemporaryDirectory(prefix="evenstage-prediction-") as folder:
             plan, folders = plan_profile(before, request), [Path(folder, str(index)) for index in range(self.num_runs)]
             for each in folders:
                 each.mkdir()
                 self._measure(plan, each, steps)
-            after = self._profile(num_stages)
+            after = self._profile(num_stages, schedule)
             measurements = [note_drift(each, before, after) for each in folders]
-        self.latest[num_stages] = with_repeat(after, before)
+        self.latest[self._key(num_stages, schedule)] = with_repeat(after, before)
         drift = measurements[0].drift or 0.0
         return PlanRuns(self.model.stem, num_stages, schedule, drift, again, figures(measurements))
 
     @staticmethod
-    def request(num_stages: int, schedule: str) -> PlanRequest:
+    def request(num_stages: int, schedule: Schedule) -> PlanRequest:
         """What is planned for."""
-        return PlanRequest(num_stages, microbatches=MICROBATCHES, schedule="1f1b" if schedule == "1f1b" else "gpipe")
+        return PlanRequest(num_stages, microbatches=MICROBATCHES, schedule=schedule)
 
     def _measure(self, plan: Plan, folder: Path, steps: int) -> None:
         """Run the plan; its measurement lies in `folder` afterwards."""
         run(plan, folder, steps=steps, rehearse=self.rehearse)
 
-    def _profile(self, num_stages: int) -> Profile:
+    def _latest(self, num_stages: int, schedule: Schedule) -> Profile:
+        key = self._key(num_stages, schedule)
+        if key not in self.latest:
+            self.latest[key] = self._profile(num_stages, schedule)
+        return self.latest[key]
+
+    def _key(self, num_stages: int, schedule: Schedule) -> tuple[int, Schedule | None]:
+        """One profile serves every schedule where a single process runs the stages."""
+        return num_stages, None if self.rehearse else schedule
+
+    def _profile(self, num_stages: int, schedule: Schedule) -> Profile:
         return profile_model(
             str(self.model),
             batch_size=MICROBATCHES * self.size,
@@ -203,6 +213,7 @@ class Bench:
             num_workers=1 if self.rehearse else num_stages,
             num_stages=num_stages,
             num_rounds=self.num_rounds,
+            schedule=schedule,
         )
 
 

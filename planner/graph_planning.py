@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from planner.errors import UsageError
 from planner.files.plan_file import Baseline, Cut, Plan, PlannedModel, SolverRecord, Stage, Status
+from planner.files.profile_file import Schedule
 from planner.scheduling.simulation import simulate, too_few_microbatches
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def plan_schedule(
     num_microbatches: int,
     *,
     cut_at: Sequence[str] | None = None,
-    schedule: Literal["gpipe", "1f1b"] = "gpipe",
+    schedule: Schedule = "gpipe",
 ) -> Plan:
     """Minimise the step of `schedule` over stages of the graph in `path` that are closed under predecessors.
 
@@ -232,7 +233,7 @@ def _assemble(
     stages: tuple[Stage, ...],
     others: dict[str, Baseline],
     num_microbatches: int | None = None,
-    schedule: Literal["gpipe", "1f1b"] = "gpipe",
+    schedule: Schedule = "gpipe",
 ) -> Plan:
     flat = [node for nodes in solved.stages for node in nodes]
     return Plan(

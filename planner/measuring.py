@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from planner.errors import FileError
-from planner.files.profile_file import Profile
+from planner.files.profile_file import Granularity, Profile, Schedule
 from planner.intervals import with_repeat
 from planner.planning import measure as measure_request
 from planner.request import PlanRequest, candidate_counts, resolve_batch_size, resolve_precision
@@ -33,19 +33,32 @@ def measure(
     seed: int = 0,
     meta: bool = False,
     precision: Literal["fp32", "bf16"] | None = None,
+    schedule: Schedule = "gpipe",
+    granularity: Granularity = "module",
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Profile:
     """Measure every layer of `model` ("file.py" or "file.py:name") as `gpus` workers on this machine would run it.
 
-    Times are milliseconds per microbatch, sizes bytes, at every microbatch size that a plan for `gpus` stages may
-    choose (one with `microbatches`). `make_plan` takes the result in place of the file, and needs no hardware then.
-    Raises ModelFileError, TraceError, ProfileError or UsageError; see `planner.errors`.
+    Under `schedule`; layers begin as `granularity` says. Times are milliseconds per microbatch, sizes bytes, at every
+    microbatch size that a plan for `gpus` stages may choose (one with `microbatches`). `make_plan` takes the result in
+    place of the file, and needs no hardware then. Raises ModelFileError, TraceError, ProfileError or UsageError; see
+    `planner.errors`.
 
         profile = planner.measure("model.py", gpus=4)
         profile.save(Path("model.profile.json"))
         plan = planner.make_plan(profile, gpus=4)
     """
-    request = PlanRequest(gpus, batch_size, microbatches, device, seed=seed, meta=meta, precision=precision)
+    request = PlanRequest(
+        gpus,
+        batch_size,
+        microbatches,
+        device,
+        seed=seed,
+        schedule=schedule,
+        meta=meta,
+        precision=precision,
+        granularity=granularity,
+    )
     return measure_request(str(model), request, progress)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from planner.errors import UsageError
 from planner.files.links_file import Links
 from planner.files.plan_file import Plan
-from planner.files.profile_file import Granularity, Profile, SizeProfile
+from planner.files.profile_file import Granularity, Profile, Schedule, SizeProfile
 from planner.request import (
     PlanRequest,
     candidate_counts,
@@ -40,7 +40,7 @@ def make_plan(
     bandwidth_bytes_per_s: float | None = None,
     plain: bool = False,
     seed: int = 0,
-    schedule: Literal["gpipe", "1f1b"] = "gpipe",
+    schedule: Schedule = "gpipe",
     memory_bytes: int | None = None,
     meta: bool = False,
     links: Links | None = None,
@@ -89,6 +89,7 @@ def measure(model: str, request: PlanRequest, progress: Progress = lambda share,
         meta=request.meta,
         precision=resolve_precision(model, request),
         granularity=request.granularity,
+        schedule=request.schedule,
         progress=progress,
     )
 

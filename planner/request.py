@@ -11,7 +11,7 @@ from planner.errors import UsageError
 from planner.files.links_file import LinkCost, LinkFit
 from planner.files.plan_file import charged
 from planner.files.plan_rules import MAX_SEED, MOST_MICROBATCHES
-from planner.files.profile_file import Granularity, Profile
+from planner.files.profile_file import Granularity, Profile, Schedule
 from planner.scheduling.simulation import too_few_microbatches
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class PlanRequest:
     bandwidth_bytes_per_s: float | None = None
     plain: bool = False
     seed: int = 0
-    schedule: Literal["gpipe", "1f1b"] = "gpipe"
+    schedule: Schedule = "gpipe"
     memory_bytes: int | None = None
     meta: bool = False
     links: LinkFit | None = None

@@ -55,6 +55,7 @@ def profile_again(first: Profile, plan: Plan, options: RunOptions) -> Profile:
             meta=first.model.meta,
             precision=first.precision,
             granularity=first.granularity,
+            schedule=first.schedule or "gpipe",
             progress=progress,
         )
 

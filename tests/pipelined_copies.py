@@ -1,6 +1,6 @@
 """One of several copies that time a model in a pipeline, by a clock that only operators of known cost advance.
 
-`times(model, 2)` starts two of them, `python -m tests.pipelined_copies MODEL RANK COPIES FOLDER`.
+`times(model, 2)` starts two of them, `python -m tests.pipelined_copies MODEL RANK COPIES FOLDER SCHEDULE HOW`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from planner.errors import DEBUG
+from planner.files.profile_file import Schedule
 from planner.machine.workers import as_worker
 from planner.profiling.layer_clock import LayerClock
 from planner.profiling.pipelined import time_in_pipeline
@@ -140,8 +142,10 @@ def make_optimizer(parameters):
 
 def main() -> None:
     """Time the model and leave what was found."""
-    name, rank, copies, folder, slowed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5]
-    if slowed == "slowed":
+    name, rank, copies, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    schedule, how = sys.argv[5:]
+    CLOCK.after_backward_ms = 1.0 if how == "colder" else 0.0
+    if how == "slowed":
         marked = LayerClock.mark
 
         def slow(self, made):
@@ -155,7 +159,9 @@ def main() -> None:
     pieces = build_pieces(trace_model(model, args, kwargs))
     tensors = [*args, *kwargs.values()]
     microbatches = [Microbatch(tuple(t * (1 + n) for t in tensors), torch.ones(2, 3) * n) for n in range(MICROBATCHES)]
-    timed = time_in_pipeline(pieces, microbatches, loss_of, make_optimizer, WorkingDevice(), 4)
+    timed = time_in_pipeline(
+        pieces, microbatches, loss_of, make_optimizer, WorkingDevice(), 4, schedule=cast(Schedule, schedule)
+    )
     gradients = {n: p.grad.tolist() for n, p in model.named_parameters() if p.grad is not None}
     found = {
         "layers": {layer.id: asdict(samples) for layer, samples in zip(pieces.trace.layers, timed.layers, strict=True)},
@@ -167,9 +173,9 @@ def main() -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def times(name: str, copies: int, folder: Path, *, slowed: bool = False) -> list[dict]:
-    """What every copy found."""
-    arguments = [str(copies), str(folder), "slowed" if slowed else "exact"]
+def times(name: str, copies: int, folder: Path, how: str = "exact", *, schedule: Schedule = "gpipe") -> list[dict]:
+    """What every copy found; `how`: marks "slowed" by 1 ms, or forwards after a backward "colder" by as much."""
+    arguments = [str(copies), str(folder), schedule, how]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.pipelined_copies", name, str(rank), *arguments],

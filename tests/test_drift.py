@@ -29,7 +29,7 @@ def profile(factor: float = 1.0, sizes: tuple[int, ...] = (2, 4)) -> Profile:
         LayerProfile(str(i), str(i), "Linear", i, factor, 0.0, factor, 0.0, factor, 0.0, 8, (), True) for i in range(4)
     )
     found = tuple(SizeProfile(size, f"trace {size}", layers, (), (), 0.01) for size in sizes)
-    return Profile(ModelReference(str(MODEL), "trace 2"), MACHINE, "bf16", 16, 5, 0.0, 3, found)
+    return Profile(ModelReference(str(MODEL), "trace 2"), MACHINE, "bf16", 16, 5, 0.0, 3, found, schedule="1f1b")
 
 
 @pytest.fixture
@@ -81,6 +81,7 @@ def test_the_drift_is_measured_after_the_run_and_said(planned, monkeypatch, caps
         "meta": False,
         "precision": "bf16",
         "granularity": "module",
+        "schedule": "1f1b",
     }
     assert Measurement.load(Path("run", "measurement.json")).drift == pytest.approx(0.1)
     assert re.search("drift of the machine \\+10\\s%", html.unescape(Path("run", "report.html").read_text()))

@@ -70,6 +70,32 @@ def test_without_noise_the_interval_is_nothing():
     assert {stage.load_interval_ms for stage in plan.stages} == {0.0}
 
 
+@pytest.mark.parametrize(("profiled", "schedule"), [("gpipe", "1f1b"), ("1f1b", "gpipe")])
+def test_under_another_schedule_than_the_profiles_a_prediction_is_less_sure_and_says_so(profiled, schedule):
+    of = profile([layer(i, (4.0, 0.0), (6.0, 0.0)) for i in range(3)])
+
+    def under(which):
+        known = replace(of, schedule=which)
+        plan = plan_profile(known, PlanRequest(2, microbatches=4, schedule=schedule))
+        return plan, render_plan(plan, known)
+
+    (same, text), (other, warned), (unknown, plain) = (under(which) for which in (schedule, profiled, None))
+    assert unknown.stages == same.stages and "profiled in 0.0 s" in text and "profiled in 0.0 s" in plain
+    assert f"profiled under {profiled} in 0.0 s" in warned and f"times under {schedule} differ" in warned
+    factor = hypot(intervals.MODEL_DEVIATION, intervals.OTHER_SCHEDULE_DEVIATION[0]) / intervals.MODEL_DEVIATION
+    for before, after in zip(same.stages, other.stages, strict=True):
+        assert after.forward_interval_ms == pytest.approx(before.forward_interval_ms * factor)
+        assert before.backward_interval_ms < after.backward_interval_ms < before.backward_interval_ms * factor
+    assert other.step_interval_ms > same.step_interval_ms
+
+
+def test_profiles_under_different_schedules_say_nothing_of_the_machine():
+    of = profile([layer(0, (4.0, 0.0), (6.0, 0.0))])
+    gpipe, other, unknown = (replace(of, schedule=schedule) for schedule in ("gpipe", "1f1b", None))
+    assert profile_drift(gpipe, other) is None
+    assert profile_drift(gpipe, gpipe) == profile_drift(unknown, other) == 0.0
+
+
 def test_sums_of_layers_and_boundaries_are_not_quite_stages():
     exact = profile([layer(i, (4.0, 0.0), (6.0, 0.0)) for i in range(3)])
     tensors = tuple(TensorProfile(f"t{i}", i, (i + 1,), 8, 8) for i in range(2))

@@ -72,7 +72,21 @@ def test_it_drifts_twice_and_is_not_made_a_third_time(monkeypatch: pytest.Monkey
 def test_what_the_machine_showed_widens_later_intervals(monkeypatch: pytest.MonkeyPatch):
     bench_, _ = bench(monkeypatch, [1.0, 1.04, 1.04])
     list(bench_.runs([2], ["gpipe", "1f1b"], steps=3))
-    assert bench_.latest[2].repeats == pytest.approx((0.04, 0.0))
+    assert bench_.latest[2, None].repeats == pytest.approx((0.04, 0.0))
+
+
+def test_workers_are_held_against_a_profile_under_their_own_schedule(monkeypatch: pytest.MonkeyPatch):
+    bench_, made = bench(monkeypatch, [1.0, 1.01, 1.02, 1.03])
+    bench_.rehearse, asked, profiled = False, [], prediction.profile_model
+
+    def noted(model: str, **wanted: object) -> Profile:
+        asked.append(wanted["schedule"])
+        return profiled(model, **wanted)
+
+    monkeypatch.setattr(prediction, "profile_model", noted)
+    list(bench_.runs([2], ["gpipe", "1f1b"], steps=3))
+    assert asked == ["gpipe", "gpipe", "1f1b", "1f1b"] and len(made) == 4
+    assert list(bench_.latest) == [(2, "gpipe"), (2, "1f1b")]
 
 
 def test_figures_have_raw_errors_errors_of_the_share_and_intervals():

@@ -17,7 +17,7 @@ SKIP = {"first": (1, 10), "middle": (2, 20), "side": (3, 30), "nothing": (0, 0),
 @pytest.fixture(scope="module")
 def timed(tmp_path_factory):
     """What copies found of a model; each combination is run once."""
-    return functools.cache(lambda name, copies: times(name, copies, tmp_path_factory.mktemp("copies")))
+    return functools.cache(lambda name, copies, **how: times(name, copies, tmp_path_factory.mktemp("copies"), **how))
 
 
 def exact(found, which):
@@ -34,6 +34,21 @@ def test_every_layer_is_timed_exactly_on_the_copy_that_runs_it(timed, copies):
     assert all(other["layers"] == found[0]["layers"] for other in found)
     assert len(found[0]["layers"]["first"]["forward_ms"]) == 2 * MICROBATCHES  # two of four rounds are marked
     assert len(found[0]["layers"]["first"]["backward_ms"]) == 2 * (MICROBATCHES - 1)
+
+
+def test_layers_are_timed_exactly_under_1f1b_too(timed):
+    found = timed("Skip", 3, schedule="1f1b")
+    assert exact(found, "forward_ms") == {name: {forward} for name, (forward, _) in SKIP.items()}
+    assert exact(found, "backward_ms") == {name: {backward} for name, (_, backward) in SKIP.items()}
+    assert found[0]["optimizer_ms"] == timed("Skip", 3)[0]["optimizer_ms"]
+    assert [each["gradients"] for each in found] == [each["gradients"] for each in timed("Skip", 3)]
+
+
+@pytest.mark.parametrize(("schedule", "short_ms"), [("gpipe", {1.0, 2.0}), ("1f1b", {2.0})])
+def test_a_forward_that_follows_a_backward_is_timed_as_one(timed, schedule, short_ms):
+    found = timed("Pair", 2, schedule=schedule, how="colder")
+    assert exact(found, "forward_ms")["short"] == short_ms, "the last stage's first layer"
+    assert exact(found, "forward_ms")["last"] == {3.5}
 
 
 def test_a_gradient_that_is_early_at_the_boundary_takes_no_time_from_the_layers(timed):
@@ -73,7 +88,7 @@ def test_every_stages_optimizer_is_timed_after_its_backward(timed, name, copies,
 
 
 def test_what_marks_cost_is_taken_off(tmp_path):
-    found = times("Skip", 2, tmp_path, slowed=True)
+    found = times("Skip", 2, tmp_path, "slowed")
     forward = sum(max(exact(found, "forward_ms")[name]) for name in SKIP)
     boundary_ms = found[0]["boundary"]["forward_ms"]
     assert forward + 2 * boundary_ms == pytest.approx(10.5)

@@ -8,10 +8,15 @@ import torch
 
 
 class WorkingClock:
-    """Milliseconds since the start of the test; `forward_factor` slows every forward from then on."""
+    """Milliseconds since the start of the test; a forward right after a backward takes `after_backward_ms` longer."""
 
     def __init__(self) -> None:
-        self.now_ms = 0.0
+        self.now_ms = self.after_backward_ms = 0.0
+        self.in_backward = False
+
+    def work(self, ms: float, *, backward: bool) -> None:
+        self.now_ms += ms + (self.after_backward_ms if self.in_backward and not backward else 0.0)
+        self.in_backward = backward
 
 
 CLOCK = WorkingClock()
@@ -19,7 +24,7 @@ CLOCK = WorkingClock()
 
 @torch.library.custom_op("evenstage_test::work", mutates_args=())
 def work(x: torch.Tensor, forward_ms: float, backward_ms: float) -> torch.Tensor:
-    CLOCK.now_ms += forward_ms
+    CLOCK.work(forward_ms, backward=False)
     return x.clone()
 
 
@@ -30,7 +35,7 @@ def _(x, forward_ms, backward_ms):
 
 @torch.library.custom_op("evenstage_test::work_backward", mutates_args=())
 def work_backward(gradient: torch.Tensor, backward_ms: float) -> torch.Tensor:
-    CLOCK.now_ms += backward_ms
+    CLOCK.work(backward_ms, backward=True)
     return gradient.clone()
 
 

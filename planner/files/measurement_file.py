@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from planner.errors import FileError
-from planner.files.profile_file import Machine
+from planner.files.profile_file import Machine, Schedule
 from planner.files.reading import WRITE_AGAIN, decode_file, dump_json, read_json, write_text
 
 SCHEMA = "evenstage/measurement/1"
@@ -141,7 +141,7 @@ class Measurement:
 
     plan: str
     name: str
-    schedule: Literal["gpipe", "1f1b"]
+    schedule: Schedule
     num_microbatches: int
     microbatch_size: int
     step_ms: StepTimes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from planner.errors import UsageError
 from planner.files.links_file import FREE, LinkCost, LinkFit
 from planner.files.plan_rules import refuse_bad_stage, refuse_contradictions
-from planner.files.profile_file import Machine, Peak
+from planner.files.profile_file import Machine, Peak, Schedule
 from planner.files.reading import decode_file, dump_json, read_json, write_text
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Plan:
     objective_ms: float
     lower_bound_ms: float
     solver: SolverRecord
-    schedule: Literal["gpipe", "1f1b"] | None
+    schedule: Schedule | None
     num_microbatches: int
     microbatch_size: int
     precision: Literal["fp32", "bf16"]

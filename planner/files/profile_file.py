@@ -15,6 +15,7 @@ from planner.files.reading import decode_file, dump_json, read_json, write_text
 
 SCHEMA = "evenstage/profile/1"
 Granularity = Literal["module", "operation", "auto"]
+Schedule = Literal["gpipe", "1f1b"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +244,10 @@ class Profile:
 
     `granularity` is what was asked for: layers that begin with modules, with operations, or with operations where the
     balance needs it. `training` is the digest of what is trained and how (planner/tracing/training_digest.py).
-    `tracing` is null where it was not counted.
-    `estimated` is null where
-    times were measured; else they were computed from FLOPs and bytes at that peak, and nothing was run.
-    `repeats` are relative differences between profiles of this model on this machine, newest last; see
-    planner/intervals.py.
+    `tracing` is null where it was not counted. `estimated` is null where times were measured; else they were computed
+    from FLOPs and bytes at that peak, and nothing was run. `schedule` is the one under which the stages of the profile
+    ran; null where they ran one after the other. `repeats` are relative differences between profiles of this model on
+    this machine, newest last; see planner/intervals.py.
     """
 
     model: ModelReference
@@ -264,9 +264,14 @@ class Profile:
     granularity: Granularity = "module"
     estimated: Peak | None = None
     repeats: tuple[float, ...] = ()
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         refuse_bad_profile(self)
+
+    def differs_in_schedule(self, schedule: Schedule | None) -> bool:
+        """Whether the times are known to be those of another schedule."""
+        return None not in (self.schedule, schedule) and self.schedule != schedule
 
     def size(self, microbatch_size: int) -> SizeProfile:
         """The measurements at `microbatch_size`. Raises FileError where that size was not profiled."""

@@ -89,9 +89,10 @@ def describe_model(source: ModelSource, model: nn.Module, *, meta: bool) -> Mode
     )
 
 
-def microbatches_of(batch: tuple[Any, Any], size: int, batch_size: int, *, pipeline: bool = False) -> list[Microbatch]:
-    """The microbatches that one round of the profile runs: the first few of the batch, more in a `pipeline`."""
-    count = min(MOST_IN_A_PIPELINE if pipeline else MOST_ALONE, batch_size // size)
+def microbatches_of(batch: tuple[Any, Any], size: int, batch_size: int, *, copies: int = 1) -> list[Microbatch]:
+    """The microbatches that one round of the profile runs: the first few of the batch, more in a pipeline of copies."""
+    most = MOST_ALONE if copies == 1 else max(MOST_IN_A_PIPELINE, copies)
+    count = min(most, batch_size // size)
     found = []
     for start in range(0, count * size, size):
         inputs = tree_leaves(as_call(rows(batch[0], start, start + size)))

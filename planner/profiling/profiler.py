@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from planner.errors import FileError
-from planner.files.profile_file import Granularity, Profile
+from planner.files.profile_file import Granularity, Profile, Schedule
 from planner.files.reading import dump_json
 from planner.machine.device import available_cores, worker_environment
 from planner.machine.workers import run_workers
@@ -42,6 +42,7 @@ class ProfileRequest:
     precision: Literal["fp32", "bf16"] = "fp32"
     granularity: Granularity = "module"
     num_stages: int = 1
+    schedule: Schedule = "gpipe"
 
 
 def profile_model(
@@ -57,11 +58,13 @@ def profile_model(
     meta: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     granularity: Granularity = "module",
+    schedule: Schedule = "gpipe",
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Profile:
     """Profile `model` ("file.py" or "file.py:name") at the given sizes, as `num_workers` workers would run it.
 
-    `num_stages` is the number of parts that it is run in, where that is not the number of workers.
+    `num_stages` is the number of parts that it is run in, where that is not the number of workers. 1F1B needs as many
+    microbatches as workers.
 
     Calls `progress(share, what)` now and then. Raises ModelFileError, TraceError or ProfileError.
     """
@@ -83,6 +86,7 @@ def profile_model(
             precision,
             granularity,
             num_stages or num_workers,
+            schedule,
         )
         path, result = Path(folder, "request.json"), Path(folder, "profile.json")
         path.write_text(dump_json(request, REQUEST_SCHEMA), encoding="utf-8")

@@ -118,6 +118,7 @@ def _profile(
         training=training_digest(source, traced.graph_module),
         tracing=Tracing(count.exports, count.seconds),
         granularity=request.granularity,
+        schedule=request.schedule if request.copies > 1 and not request.meta else None,
     )
 
 
@@ -163,7 +164,7 @@ def _time_trace(
     if not meta:
         trace.graph_module.to(device.torch_device)
     pieces = build_pieces(trace)
-    microbatches = microbatches_of(batch, size, request.batch_size, pipeline=request.copies > 1 and not meta)
+    microbatches = microbatches_of(batch, size, request.batch_size, copies=1 if meta else request.copies)
     measure = _measure_piecewise if meta else _measure_in_place
     try:
         costs = measure(pieces, microbatches, source, device, request, meeting)
@@ -198,7 +199,9 @@ def _measure_in_place(
     parameters = pieces.trace.graph_module.parameters
     make_optimizer, tied = source.make_optimizer, [*pieces.trace.tied.values()]
     if request.copies > 1:
-        found = time_in_pipeline(pieces, microbatches, source.loss_fn, make_optimizer, device, rounds, meet)
+        found = time_in_pipeline(
+            pieces, microbatches, source.loss_fn, make_optimizer, device, rounds, meet, schedule=request.schedule
+        )
         samples, boundary = found.layers, found.boundary
         alone_ms = time_optimizer(groups, make_optimizer, device, OPTIMIZER_ROUNDS, request.num_stages)
         optimizer_ms = shared_out(alone_ms, found.starts, tied, found.optimizer_ms)

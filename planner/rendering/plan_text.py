@@ -112,7 +112,11 @@ def _profiling(plan: Plan, profile: Profile | None) -> list[str]:
     shares = [hypot(s.forward_spread_ms, s.backward_spread_ms) / s.load_ms for s in plan.stages if s.load_ms > 0]
     spread = f", spread {format_percent(max(shares))}" if shares else ""
     traced = [] if profile.tracing is None else [tracing_text(profile.tracing)]
-    return [f"profiled in {profile.seconds:.1f} s ({profile.num_rounds} rounds{spread})", *traced]
+    how, advice = f" in {profile.seconds:.1f} s ({profile.num_rounds} rounds{spread})", []
+    if profile.differs_in_schedule(plan.schedule):
+        how = f" under {profile.schedule}{how}"
+        advice = [f"times under {plan.schedule} differ by some percent (--fresh measures them)"]
+    return [f"profiled{how}", *advice, *traced]
 
 
 def peak_words(peak: Peak) -> str:
