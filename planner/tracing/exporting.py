@@ -6,7 +6,6 @@ the piece of the graph between two neighbouring legal positions, named after the
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Container
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -14,24 +13,24 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import TreeSpec, tree_leaves
+from torch.utils._pytree import TreeSpec
 
 from planner.errors import TraceError
 from planner.tracing.crossing import copies_to_send, wire_bytes
 from planner.tracing.explaining import explain_export, quiet_export
-from planner.tracing.functions import function_calls, keep_functions, refuse_module_hooks, refuse_tied_hooks
+from planner.tracing.fingerprint import fingerprint
+from planner.tracing.functions import keep_functions, refuse_module_hooks, refuse_tied_hooks
 from planner.tracing.gradients import attribute, needs_gradient
-from planner.tracing.precision import AS_TRACED, autocast, describe_inside_autocast
+from planner.tracing.legality import Value, illegal_positions, live_values, not_plain_positions, why_not_plain
+from planner.tracing.precision import autocast, describe_inside_autocast
 from planner.tracing.refusing import (
-    is_static,
     refuse_counters,
     refuse_outputs,
     refuse_shared_inputs,
     refuse_sparse_gradients,
     watch_numbers,
 )
-from planner.tracing.rewriting import canonical_names, compute_nodes, has_cut_marks, prepare, tensor_inputs
-from planner.tracing.state import storages, writes
+from planner.tracing.rewriting import canonical_names, compute_nodes, has_cut_marks, prepare
 from planner.tracing.writes import separate_writes
 
 
@@ -148,12 +147,12 @@ def read_trace(gm: fx.GraphModule, model: nn.Module, *, autocast_on: torch.devic
     if separate_writes(nodes, _positions(nodes)):
         rewritten = rewritten or "forward writes in place to a value that several layers read"
         nodes = compute_nodes(gm.graph)
-    values = _live_values(gm.graph, nodes)
-    illegal = _illegal_positions(gm.graph, nodes, values)
+    values = live_values(gm.graph, nodes)
+    illegal = illegal_positions(gm.graph, nodes, values)
     starts = {0: _name_at(nodes, 0), **_positions(nodes)}
     starts = {index: begin for index, begin in sorted(starts.items()) if index == 0 or index not in illegal}
-    late = _not_plain_positions(values, len(nodes))
-    why_not = _why_not_plain(gm, nodes) or rewritten
+    late = not_plain_positions(values, len(nodes))
+    why_not = why_not_plain(gm, nodes) or rewritten
     layers = _layers(nodes, starts, late, bool(why_not))
     aliases: dict[str, tuple[str, ...]] = {}
     for name, canonical in names.items():
@@ -184,8 +183,8 @@ def open_layers(trace: Trace, ids: Container[str] | None = None) -> Trace:
     """
     gm = trace.graph_module
     nodes = compute_nodes(gm.graph)
-    values = _live_values(gm.graph, nodes)
-    illegal = _illegal_positions(gm.graph, nodes, values)
+    values = live_values(gm.graph, nodes)
+    illegal = illegal_positions(gm.graph, nodes, values)
     starts: dict[int, _Begin] = {}
     for layer in trace.layers:
         starts[layer.start] = _Begin(layer.id, layer.name, layer.type, layer.plain_cut)
@@ -264,108 +263,7 @@ def _parameter(node: fx.Node) -> Any:
     return attribute(owner, str(node.target))
 
 
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """A value of the graph: index of the operation that makes it (-1: an input), those that read it, output or not."""
-
-    node: fx.Node
-    producer: int
-    readers: tuple[int, ...]
-    is_output: bool
-
-    def last(self, num_nodes: int) -> int:
-        return num_nodes - 1 if self.is_output else max(self.readers, default=self.producer)
-
-
-def _live_values(graph: fx.Graph, nodes: list[fx.Node]) -> list[_Value]:
-    index = {node: position for position, node in enumerate(nodes)}
-    values = []
-    for node in [*tensor_inputs(graph), *nodes]:
-        readers = tuple(sorted(index[user] for user in node.users if user in index))
-        is_output = any(user.op == "output" for user in node.users)
-        if readers or is_output:
-            values.append(_Value(node, index.get(node, -1), readers, is_output))
-    return values
-
-
-def _illegal_positions(graph: fx.Graph, nodes: list[fx.Node], values: list[_Value]) -> set[int]:
-    """Positions where a cut would be wrong: before a write in place, in a buffer's update, nothing that can be sent."""
-    num_nodes = len(nodes)
-    illegal = _before_writes(graph, nodes)
-    alive = [0] * (num_nodes + 1)
-    for value in values:
-        start, stop = value.producer + 1, value.last(num_nodes)
-        example = value.node.meta.get("val")
-        if not is_static(example) or example.is_complex():  # type: ignore[union-attr]  # no gradient of complex values
-            illegal.update(range(start, stop + 1))
-        elif stop >= start:
-            alive[start] += 1
-            alive[stop + 1] -= 1
-    count = 0
-    for position in range(num_nodes):
-        count += alive[position]
-        if count == 0:
-            illegal.add(position)
-    return illegal
-
-
-def _before_writes(graph: fx.Graph, nodes: list[fx.Node]) -> set[int]:
-    """Positions between a storage and a later write in place to it; between all uses of a buffer that is written."""
-    index = {node: position for position, node in enumerate(nodes)}
-    base = storages(graph)
-    illegal: set[int] = set()
-    written_buffers: set[fx.Node] = set()
-    for node, storage in writes(graph, base):
-        if storage.op == "get_attr":
-            written_buffers.add(storage)
-        else:
-            illegal.update(range(index.get(storage, -1) + 1, index[node] + 1))
-    for buffer in written_buffers:
-        aliases = [node for node in [buffer, *base] if base.get(node, node) is buffer]
-        uses = [index[user] for alias in aliases for user in alias.users if user in index]
-        illegal.update(range(min(uses) + 1, max(uses) + 1))
-    return illegal
-
-
-def _not_plain_positions(values: list[_Value], num_nodes: int) -> set[int]:
-    """Positions across which something lives that stock torch cannot send.
-
-    That is an input, an output, a strided tensor, or one that autocast gives another dtype than the trace.
-    """
-    late: set[int] = set()
-    for value in values:
-        example = value.node.meta.get("val")
-        strided = is_static(example) and not example.is_contiguous()  # type: ignore[union-attr]
-        traced = value.node.meta.get(AS_TRACED, example)
-        cast = is_static(example) and example.dtype != traced.dtype  # type: ignore[union-attr]
-        if value.producer < 0 or value.is_output or strided or cast:
-            late.update(range(value.producer + 1, value.last(num_nodes) + 1))
-    return late
-
-
-def _why_not_plain(gm: fx.GraphModule, nodes: list[fx.Node]) -> str:
-    """Why stock torch cannot split this model by `split_spec` anywhere; empty where it can."""
-    if calls := function_calls(gm.graph):
-        return f"forward calls the custom Function {calls[0].function.__name__}, whose backward split_spec would lose"
-    output = gm.graph.output_node().args[0]
-    if len(tree_leaves(output)) != 1 or not _returns_tensor(gm):
-        return "the model returns a structure, which split_spec would hand to the loss as a flat tuple"
-    inputs = tensor_inputs(gm.graph)
-    used: dict[fx.Node, None] = {}
-    for node in nodes:
-        for source in node.all_input_nodes:
-            if source.op == "placeholder":
-                used[source] = None
-    if list(used) != inputs:
-        return "inputs are not used in the order of the signature, and split_spec binds them in order of first use"
-    return ""
-
-
-def _returns_tensor(gm: fx.GraphModule) -> bool:
-    return bool(gm.graph._codegen.pytree_info.out_spec.is_leaf())  # type: ignore[attr-defined]
-
-
-def _tensors(gm: fx.GraphModule, values: list[_Value], layers: tuple[TracedLayer, ...]) -> tuple[TracedTensor, ...]:
+def _tensors(gm: fx.GraphModule, values: list[Value], layers: tuple[TracedLayer, ...]) -> tuple[TracedTensor, ...]:
     graded = needs_gradient(gm)
     owner = [index for index, layer in enumerate(layers) for _ in range(layer.start, layer.stop)]
     found = []
@@ -383,34 +281,3 @@ def _tensors(gm: fx.GraphModule, values: list[_Value], layers: tuple[TracedLayer
                 TracedTensor(value.node.name, producer, readers, num_bytes, gradient_bytes, not copies_to_send(example))
             )
     return tuple(found)
-
-
-def fingerprint(gm: fx.GraphModule, names: dict[str, str]) -> str:
-    """A hash of the prepared graph: operators, arguments, shapes, dtypes, parameter names; no weights, no device.
-
-    Dtypes are those of the trace, so that the hash is the same on devices whose autocast differs.
-    """
-    number = {node: index for index, node in enumerate(gm.graph.nodes)}
-    digest = hashlib.sha256()
-    for node in gm.graph.nodes:
-        target = str(node.target) if node.op in ("call_function", "get_attr") else node.op
-        described = (node.op, target, describe(node.args, number), describe(node.kwargs, number), _shape(node))
-        digest.update(repr(described).encode())
-    digest.update(repr(sorted(names.items())).encode())
-    return digest.hexdigest()[:16]
-
-
-def describe(value: Any, number: dict[fx.Node, int]) -> Any:
-    """An argument of a node as a value whose `repr` is the same in every process."""
-    if isinstance(value, fx.Node):
-        return f"%{number.get(value, -1)}"
-    if isinstance(value, (tuple, list)):
-        return [describe(item, number) for item in value]
-    if isinstance(value, dict):
-        return {key: describe(item, number) for key, item in value.items()}
-    return "device" if isinstance(value, torch.device) else repr(value)
-
-
-def _shape(node: fx.Node) -> Any:
-    examples = tree_leaves(node.meta.get(AS_TRACED, node.meta.get("val")))
-    return [(tuple(e.shape), str(e.dtype)) for e in examples if isinstance(e, torch.Tensor)]

@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from planner.tracing.exporting import Trace, describe
+from planner.tracing.exporting import Trace
+from planner.tracing.fingerprint import describe
 from planner.tracing.gradients import attribute
 from planner.tracing.rewriting import compute_nodes, tensor_inputs
 
