@@ -80,6 +80,17 @@ def test_a_fitting_profile_is_reused_and_plans_other_counts_without_hardware(pla
     assert Plan.load(folder / "two.plan.json").num_stages == 2
 
 
+def test_a_profile_under_gpipe_is_used_for_1f1b_and_the_plan_says_so(planned, tmp_path):
+    profile = planned[0] / "model.profile.json"
+    assert json.loads(profile.read_text())["schedule"] == "gpipe"
+    ended = command(
+        "--gpus", 3, "--profile", profile, "--microbatches", 4, "--schedule", "1f1b", "-o", tmp_path / "x.json",
+        module="planner", cwd=tmp_path,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "profiled under gpipe in" in ended.stdout and "times under 1f1b differ by some percent" in ended.stdout
+
+
 def test_a_changed_model_is_profiled_again(planned, tmp_path):
     folder, _ = planned
     for name in ("model.py", "model.profile.json"):

@@ -8,6 +8,7 @@ import pytest
 from planner.errors import UsageError
 from planner.files.measurement_file import Measurement
 from planner.files.plan_file import Plan
+from planner.files.profile_file import Profile
 from planner.partitioning.chain import solve_chain
 from planner.partitioning.chain_costs import Chain, is_plain, stage_costs, step_ms
 from planner.partitioning.one_f_one_b import lower_bound_ms
@@ -95,6 +96,8 @@ def test_a_1f1b_plan_trains_as_the_unsplit_model(tmp_path):
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert Plan.load(tmp_path / "model.plan.json").schedule == "1f1b"
+    assert Profile.load(tmp_path / "model.profile.json").schedule == "1f1b"
+    assert "profiled in" in ended.stdout
     measurement = Measurement.load(tmp_path / "run" / "measurement.json")
     assert measurement.schedule == "1f1b" and measurement.check is not None
     assert measurement.check.max_gradient_difference < 1e-5
