@@ -88,7 +88,7 @@ def test_a_profile_under_gpipe_is_used_for_1f1b_and_the_plan_says_so(planned, tm
         module="planner", cwd=tmp_path,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert "profiled under gpipe in" in ended.stdout and "times under 1f1b differ by some percent" in ended.stdout
+    assert "profiled under gpipe in" in ended.stdout and "times under 1f1b may differ by some percent" in ended.stdout
 
 
 def test_a_changed_model_is_profiled_again(planned, tmp_path):

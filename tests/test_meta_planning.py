@@ -13,6 +13,7 @@ import torch
 
 from planner.errors import UsageError
 from planner.files.plan_file import Plan
+from planner.files.profile_file import Profile
 from planner.machine import host_memory
 from planner.machine.device import CpuDevice
 from planner.profiling import piecewise
@@ -119,6 +120,17 @@ def test_a_plan_with_meta_says_so_and_its_profile_is_not_taken_for_another(tmp_p
     assert "reused" in again.stderr
     other = command(*arguments, module="planner", cwd=tmp_path)
     assert "it was made with --meta" in other.stderr and not Plan.load(tmp_path / "plain.plan.json").model.meta
+
+
+def test_a_model_built_on_the_meta_device_is_timed_under_no_schedule(tmp_path, models):
+    text = (models / "plain.py").read_text()
+    text += "\nordinary = build_model\ndef build_model():\n    with torch.device('meta'):\n        return ordinary()\n"
+    (tmp_path / "model.py").write_text(text)
+    arguments = ("--gpus", 2, "model.py", "--batch-size", 4, "--microbatches", 2, "--schedule", "1f1b")
+    planned = command(*arguments, module="planner", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    profile = Profile.load(tmp_path / "model.profile.json")
+    assert profile.model.meta and profile.schedule is None and "may differ" not in planned.stdout
 
 
 def test_a_reference_that_does_not_fit_is_refused(monkeypatch, tmp_path, models):

@@ -118,7 +118,7 @@ def _profile(
         training=training_digest(source, traced.graph_module),
         tracing=Tracing(count.exports, count.seconds),
         granularity=request.granularity,
-        schedule=request.schedule if request.copies > 1 and not request.meta else None,
+        schedule=request.schedule if request.copies > 1 and not described.meta else None,
     )
 
 

@@ -115,7 +115,7 @@ def _profiling(plan: Plan, profile: Profile | None) -> list[str]:
     how, advice = f" in {profile.seconds:.1f} s ({profile.num_rounds} rounds{spread})", []
     if profile.differs_in_schedule(plan.schedule):
         how = f" under {profile.schedule}{how}"
-        advice = [f"times under {plan.schedule} differ by some percent (--fresh measures them)"]
+        advice = [f"times under {plan.schedule} may differ by some percent (--fresh measures them)"]
     return [f"profiled{how}", *advice, *traced]
 
 
