@@ -35,10 +35,19 @@ class StageOptimizer:
         """One step, of which, with `keep`, the time is a sample."""
         if self.optimizer is None:
             return
+        self._take_norm()
         before = self.device.stamp()
         self.optimizer.step()
         if keep:
             self.samples += self.device.elapsed_ms([before, self.device.stamp()])
+
+    def _take_norm(self) -> None:
+        """Read every gradient, as training does before its optimizer steps: the caches are then as they will be."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    torch.linalg.vector_norm(parameter.grad)
 
     @property
     def taken_ms(self) -> float:
