@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.utils._pytree import tree_leaves
 
 from planner.errors import ModelFileError, RunError
 from planner.files.plan_file import Plan
 from planner.machine.device import Device
+from planner.profiling.torch_schedule import schedule_class
 from planner.tracing.loading import ModelSource, checked_batch, make_batch, on_device, rows, seed_everything
 from planner.tracing.precision import autocast
 from planner.tracing.tied_gradients import sum_tied_gradients
@@ -56,8 +56,7 @@ class Trainer:
         self.losses: list[torch.Tensor] = []
         self.parameters = [p for p in self.stage.submod.parameters() if p.requires_grad]
         self.optimizer = source.make_optimizer(self.parameters) if self.parameters else None
-        schedule = Schedule1F1B if plan.schedule == "1f1b" else ScheduleGPipe
-        self.schedule = schedule(
+        self.schedule = schedule_class(plan.schedule)(
             self.stage,
             plan.num_microbatches,
             loss_fn=self.recorder.timed_loss(self._loss),

@@ -75,6 +75,12 @@ def plan_at(
     )
 
 
+def built_on_the_meta_device(text: str) -> str:
+    """The text of a model file whose model has no memory when it is built."""
+    build = "def build_model():\n    with torch.device('meta'):\n        return ordinary()\n"
+    return f"{text}\nordinary = build_model\n{build}"
+
+
 def command(
     *arguments: object, cwd: Path, module: str = "runner", timeout: float = 180, gpu: bool = False
 ) -> subprocess.CompletedProcess[str]:

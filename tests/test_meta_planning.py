@@ -23,7 +23,7 @@ from planner.tracing.exporting import trace_model
 from planner.tracing.loading import as_call, load_source, make_batch, rows
 from planner.tracing.pieces import build_pieces
 from runner.reference_memory import optimizer_share, refuse_reference_that_does_not_fit
-from tests.running import ROOT, command, plan_at
+from tests.running import ROOT, built_on_the_meta_device, command, plan_at
 
 
 def pieces_of(model, size=2):
@@ -123,9 +123,7 @@ def test_a_plan_with_meta_says_so_and_its_profile_is_not_taken_for_another(tmp_p
 
 
 def test_a_model_built_on_the_meta_device_is_timed_under_no_schedule(tmp_path, models):
-    text = (models / "plain.py").read_text()
-    text += "\nordinary = build_model\ndef build_model():\n    with torch.device('meta'):\n        return ordinary()\n"
-    (tmp_path / "model.py").write_text(text)
+    (tmp_path / "model.py").write_text(built_on_the_meta_device((models / "plain.py").read_text()))
     arguments = ("--gpus", 2, "model.py", "--batch-size", 4, "--microbatches", 2, "--schedule", "1f1b")
     planned = command(*arguments, module="planner", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from planner.errors import FileError
 from planner.tracing.loading import build, load_source
 from runner.weight_files import WeightFiles
-from tests.running import command, plan_at
+from tests.running import built_on_the_meta_device, command, plan_at
 
 
 def state_of(model, seed=7):
@@ -62,9 +62,7 @@ def test_meta_trains_as_the_unsplit_model_from_the_same_seed(tmp_path, models):
 
 def test_a_model_built_on_the_meta_device_trains_without_a_flag(tmp_path, models):
     model = tmp_path / "model.py"
-    text = (models / "plain.py").read_text()
-    text += "\nordinary = build_model\ndef build_model():\n    with torch.device('meta'):\n        return ordinary()\n"
-    model.write_text(text)
+    model.write_text(built_on_the_meta_device((models / "plain.py").read_text()))
     plan_at(models / "plain.py", ["5"]).save(tmp_path / "x.plan.json")
     arguments = ("x.plan.json", "--steps", 1, "--model", model, "--export-weights", "a.safetensors", "--run-dir", "run")
     ended = command(*arguments, cwd=tmp_path)

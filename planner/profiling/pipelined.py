@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining._utils import PipeInfo
 from torch.distributed.pipelining.stage import build_stage
 
-from planner.files.plan_file import boundaries_of, tied_over
+from planner.files.plan_file import boundaries_of
 from planner.files.profile_file import Schedule
 from planner.machine.device import Device
 from planner.profiling.boundary import BoundaryCost, shared
@@ -35,9 +34,10 @@ from planner.profiling.marked_graph import MarkedStages, even_starts, marked_sta
 from planner.profiling.pooling import on_first_copy
 from planner.profiling.stage_optimizer import StageOptimizer
 from planner.profiling.timing import LayerSamples, Microbatch, clear_gradients, load_ms_alone, without_collection
-from planner.tracing.gradients import attribute
+from planner.profiling.torch_schedule import schedule_class
 from planner.tracing.older_stages import as_of_later_torch
 from planner.tracing.pieces import OutputValue, Pieces
+from planner.tracing.split_policy import tied_over_cuts
 from planner.tracing.tied_gradients import sum_tied_gradients
 
 WARM_UP_ROUNDS = 3
@@ -155,12 +155,6 @@ class StageSamples:
     backward: Direction
 
 
-def _trained_ties(pieces: Pieces) -> dict[str, tuple[int, ...]]:
-    """Trained parameters that several layers use → those layers."""
-    module = pieces.trace.graph_module
-    return {name: layers for name, layers in pieces.trace.tied.items() if attribute(module, name).requires_grad}
-
-
 def put_together(stages: Sequence[StageSamples]) -> tuple[tuple[LayerSamples, ...], BoundaryCost]:
     """The samples of all layers and the cost of a boundary.
 
@@ -194,7 +188,7 @@ class StageOfLayers:
         schedule: Schedule = "gpipe",
     ) -> None:
         self.pieces, self.loss_fn, self.device = pieces, loss_fn, device
-        self.make_schedule = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
+        self.schedule_class = schedule_class(schedule)
         self.output_names = list(dict.fromkeys(leaf.name for leaf in pieces.outputs if isinstance(leaf, OutputValue)))
         self.function = stages.marked[index]
         self.plain = without_marks(self.function)
@@ -203,7 +197,8 @@ class StageOfLayers:
         as_of_later_torch(stage)
         self._attach(stage)
         self.stage = stage
-        self.tied = tied_over(stages.starts[1:], _trained_ties(pieces))
+        cuts = [pieces.trace.layers[start].id for start in stages.starts[1:]]
+        self.tied = tied_over_cuts(pieces.trace, cuts)
         self.optimizer = StageOptimizer(self.function.parameters(), make_optimizer, device)
         self.schedule: Any = None
         self.microbatches: Sequence[Microbatch] = ()
@@ -215,7 +210,7 @@ class StageOfLayers:
         """One step of training, of which, with `keep`, the times are samples."""
         clear_gradients(self.pieces)
         if self.schedule is None:
-            self.schedule = self.make_schedule(self.stage, len(microbatches), loss_fn=self._loss, scale_grads=False)
+            self.schedule = self.schedule_class(self.stage, len(microbatches), loss_fn=self._loss, scale_grads=False)
         self.stage.submod = self.function if marked else self.plain
         self.microbatches = microbatches
         inputs: list[torch.Tensor] = []

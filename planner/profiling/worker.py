@@ -118,7 +118,7 @@ def _profile(
         training=training_digest(source, traced.graph_module),
         tracing=Tracing(count.exports, count.seconds),
         granularity=request.granularity,
-        schedule=request.schedule if request.copies > 1 and not described.meta else None,
+        schedule=request.schedule if _pipelined_copies(request, meta=described.meta) > 1 else None,
     )
 
 
@@ -144,6 +144,11 @@ def _profile_size(
     return trace, profile
 
 
+def _pipelined_copies(request: ProfileRequest, *, meta: bool) -> int:
+    """How many copies run as one pipeline; 1 where each runs the model by itself, with `meta` layer by layer."""
+    return 1 if meta else request.copies
+
+
 def _time_trace(
     request: ProfileRequest, source: ModelSource, device: Device, trace: Trace, meeting: _Meeting, *, meta: bool
 ) -> SizeProfile:
@@ -164,7 +169,7 @@ def _time_trace(
     if not meta:
         trace.graph_module.to(device.torch_device)
     pieces = build_pieces(trace)
-    microbatches = microbatches_of(batch, size, request.batch_size, copies=1 if meta else request.copies)
+    microbatches = microbatches_of(batch, size, request.batch_size, copies=_pipelined_copies(request, meta=meta))
     measure = _measure_piecewise if meta else _measure_in_place
     try:
         costs = measure(pieces, microbatches, source, device, request, meeting)
