@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import median
 from typing import Literal
 
@@ -71,11 +70,7 @@ def build_measurement(
             StageMeasurement(
                 index=stage.index,
                 predicted=_predicted(stage, plan),
-                measured=replace(
-                    _measured(stage.index, times, samples, results, simulated, step_clock),
-                    transfer_forward_ms=plan.transfers_ms(stage.index)[0],
-                    transfer_backward_ms=plan.transfers_ms(stage.index)[1],
-                ),
+                measured=_measured(plan, stage.index, times, samples, results, simulated, step_clock),
                 samples=sum(len(s.forward_ms) for s in samples[stage.index]),
             )
             for stage in plan.stages
@@ -155,6 +150,7 @@ def _predicted(stage: Stage, plan: Plan) -> StageFigures:
 
 
 def _measured(
+    plan: Plan,
     index: int,
     times: Sequence[StageTimes],
     samples: Sequence[Sequence[StepSamples]],
@@ -162,7 +158,7 @@ def _measured(
     simulated: SimulatedStep,
     step_clock: StepClock,
 ) -> StageFigures:
-    own = samples[index]
+    own, (transfer_forward_ms, transfer_backward_ms) = samples[index], plan.transfers_ms(index)
     peaks = [result.memory for result in results[index] if result.memory is not None]
     memory = highest(peaks) if peaks else None
     wait = simulated.wait_ms[index]
@@ -181,6 +177,8 @@ def _measured(
         wait_ms=max(0.0, wait),
         forward_spread_ms=summarise([ms for s in own for ms in s.forward_ms])[1],
         backward_spread_ms=summarise([ms for s in own for ms in s.backward_ms])[1],
+        transfer_forward_ms=transfer_forward_ms,
+        transfer_backward_ms=transfer_backward_ms,
     )
 
 

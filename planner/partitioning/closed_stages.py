@@ -41,6 +41,7 @@ class _Label:
     later: _Label | None
 
     def no_worse_than(self, other: _Label) -> bool:
+        """Whether no stages before them make the step of `other` shorter than theirs."""
         return (
             self.forward <= other.forward
             and self.slowest <= other.slowest
